@@ -1,0 +1,8 @@
+"""Depthwise 1D convolutions along any angle, and the ConvNeXt-1D networks built from them."""
+
+from oriented1d.layers import OrientedConv1d
+from oriented1d.operator import oriented_conv1d, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["OrientedConv1d", "oriented_conv1d", "use_backend"]

@@ -1,0 +1,134 @@
+"""The layer: :class:`OrientedConv1d`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oriented1d import geometry
+from oriented1d.operator import oriented_conv1d
+
+
+class OrientedConv1d(nn.Module):
+    """Depthwise 1D convolution of each channel along its own angle. See :func:`oriented1d.oriented_conv1d`.
+
+    Input ``(N, C, H, W)``, output ``(N, C, ceil(H / stride), ceil(W / stride))``.
+
+    The angles are those of :func:`oriented1d.geometry.layer_angles` unless ``angles`` gives them. They are kept in the
+    buffer ``theta``, which stays float32 when the module is cast and is saved and loaded with the weights: what was
+    loaded is what the layer does.
+
+    Args:
+        channels: number of channels ``C``.
+        kernel_size: odd number of taps ``K``.
+        stride: step of the output grid in pixels, both ways.
+        num_directions: number of directions that the channels are shared out over.
+        layer_offset: rotation of all directions, in half turns (0.5 is 90 degrees).
+        angles: ``(C,)`` radians, instead of ``num_directions`` and ``layer_offset``.
+        bias: learn a bias ``(C,)``.
+        residual: add the input to the output.
+
+    State dict: ``weight (C, 1, 1, K)``, ``bias (C,)``, ``theta (C,)`` in radians (``(C, 1)`` is read too).
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a value that no layer has.
+
+    Source: the paper's section 3; parameters are named and shaped as in the original implementation.
+    """
+
+    theta: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        num_directions: int = 8,
+        layer_offset: float = 0.0,
+        angles: Tensor | Sequence[float] | None = None,
+        bias: bool = True,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("channels", channels),
+            ("kernel_size", kernel_size),
+            ("stride", stride),
+            ("num_directions", num_directions),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
+        if angles is None:
+            layer = geometry.directions(geometry.layer_angles(channels, num_directions, layer_offset))
+        else:
+            layer = geometry.directions(angles)
+            if layer.channels != channels:
+                raise ValueError(f"angles: expected one for each of the {channels} channels, got {layer.channels}")
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.residual = residual
+        self.weight = nn.Parameter(torch.empty(channels, 1, 1, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self._angles = layer
+        self.register_buffer("theta", layer.per_channel())
+        self._seen_version = self.theta._version
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Conv2d`` does a depthwise layer of this shape."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.kernel_size)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def angles(self) -> geometry.Directions:
+        """The angles of the channels, run-length encoded."""
+        return self._angles
+
+    def _read_angles(self) -> None:
+        # Python numbers beside the buffer: constants to torch.compile (which guards them), free of device reads.
+        if self.theta.is_meta:
+            return
+        self._angles = geometry.directions(self.theta)
+        self.theta = self.theta.to(torch.float32)
+        self._seen_version = self.theta._version
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "theta"
+        theta = state_dict.get(key)
+        if theta is not None and theta.dim() == 2 and theta.shape[1] == 1:
+            state_dict[key] = theta.flatten()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._read_angles()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrientedConv1d:
+        # The angles outlive what happens to parameters: bfloat16 would round them, to_empty() would lose them.
+        super()._apply(fn, recurse)
+        if not self.theta.is_meta:
+            self.theta = self._angles.per_channel().to(self.theta.device)
+            self._seen_version = self.theta._version
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``."""
+        # DistributedDataParallel writes buffers in place.
+        if not torch.compiler.is_compiling() and self.theta._version != self._seen_version:
+            self._read_angles()
+        return oriented_conv1d(input, self.weight, self._angles, self.bias, stride=self.stride, residual=self.residual)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"directions={len(set(self._angles.angles))}, bias={self.bias is not None}, residual={self.residual}"
+        )

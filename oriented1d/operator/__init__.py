@@ -1,0 +1,6 @@
+"""The operator: ``functional`` (what users call), ``library`` (registration, autograd), and a module for each backend."""
+
+from oriented1d.operator.functional import oriented_conv1d
+from oriented1d.operator.library import use_backend
+
+__all__ = ["oriented_conv1d", "use_backend"]

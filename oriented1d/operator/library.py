@@ -1,0 +1,299 @@
+"""The operators as PyTorch knows them: schema, shapes, autograd, autocast, FLOPs, and the choice of a backend.
+
+Three operators are registered under ``torch.ops.oriented1d``, one for each direction of the convolution. Each is linear
+in its tensors, and the derivative of each is made of the other two, so derivatives of any order exist:
+
+    oriented_conv1d(x, w)              -> y     derivatives: grad_input, grad_weight
+    oriented_conv1d_grad_input(g, w)   -> x     derivatives: oriented_conv1d, grad_weight
+    oriented_conv1d_grad_weight(g, x)  -> w, b  derivatives: oriented_conv1d, grad_input
+
+Angles reach them in one of two ways: as ``directions`` (the runs of :class:`oriented1d.geometry.Directions`: constants
+of a compiled or exported graph), or as the tensor ``theta``, which is read on the host when the operator runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from oriented1d import geometry
+from oriented1d.operator import portable
+from oriented1d.operator.layout import channels_last, memory_format
+
+_ANGLES = "Tensor? theta, float[] angles, int[] counts"
+
+_library = torch.library.Library("oriented1d", "DEF")
+for _schema in (
+    f"oriented_conv1d(Tensor input, Tensor weight, Tensor? bias, {_ANGLES}, int stride, bool residual) -> Tensor",
+    f"oriented_conv1d_grad_input(Tensor grad_output, Tensor weight, {_ANGLES}, SymInt height, SymInt width, int stride,"
+    " bool residual, bool channels_last) -> Tensor",
+    f"oriented_conv1d_grad_weight(Tensor grad_output, Tensor input, {_ANGLES}, int kernel_size, int stride,"
+    " bool with_bias) -> (Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_ops = torch.ops.oriented1d
+_conv = _ops.oriented_conv1d.default
+_grad_input = _ops.oriented_conv1d_grad_input.default
+_grad_weight = _ops.oriented_conv1d_grad_weight.default
+
+
+# Backends ------------------------------------------------------------------------------------------------------------
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operator on one backend inside a ``with`` block, on every thread: for tests and measurements.
+
+    Args:
+        name: ``"portable"`` (plain PyTorch) or ``"cpu"`` (numba).
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: (from the operator) the backend cannot run the tensors it is given.
+    """
+    global _forced
+    if name not in ("portable", "cpu"):
+        raise ValueError(f"name: expected 'portable' or 'cpu', got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend_for(tensor: Tensor) -> ModuleType:
+    """The module that runs the operator on tensors like this one."""
+    if _forced == "portable":
+        return portable
+    if tensor.device.type == "cpu" and _HAS_NUMBA:
+        from oriented1d.operator import cpu  # numba takes a while to import: not before it is needed
+
+        if tensor.dtype in cpu.DTYPES:
+            return cpu
+    if _forced is not None:
+        raise RuntimeError(f"backend {_forced!r} cannot run {tensor.dtype} on {tensor.device}")
+    return portable
+
+
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+def _layer(theta: Tensor | None, angles: list[float], counts: list[int], kernel_size: int) -> geometry.LayerTaps:
+    if theta is not None:
+        return geometry.layer_taps(geometry.directions(theta), kernel_size)
+    return geometry.layer_taps(geometry.Directions(tuple(angles), tuple(counts)), kernel_size)
+
+
+def _check(first: Tensor, second: Tensor, name: str, taps: geometry.LayerTaps) -> None:
+    # What a traced or autocast call can only know once it runs.
+    if second.dtype != first.dtype:
+        raise TypeError(f"{name}: expected the dtype of the images, {first.dtype}, got {second.dtype}")
+    if taps.channels != first.shape[1]:
+        raise ValueError(f"angles: expected one for each of the {first.shape[1]} channels, got {taps.channels}")
+
+
+@torch.library.impl(_library, "oriented_conv1d", "CompositeExplicitAutograd")
+def _run_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    theta: Tensor | None,
+    angles: list[float],
+    counts: list[int],
+    stride: int,
+    residual: bool,
+) -> Tensor:
+    taps = _layer(theta, angles, counts, weight.shape[-1])
+    _check(input, weight, "weight", taps)
+    weight = weight.reshape(weight.shape[0], -1)
+    return backend_for(input).forward(input, weight, bias, taps, stride, residual)
+
+
+@torch.library.impl(_library, "oriented_conv1d_grad_input", "CompositeExplicitAutograd")
+def _run_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    theta: Tensor | None,
+    angles: list[float],
+    counts: list[int],
+    height: int,
+    width: int,
+    stride: int,
+    residual: bool,
+    channels_last: bool,
+) -> Tensor:
+    taps = _layer(theta, angles, counts, weight.shape[-1])
+    _check(grad_output, weight, "weight", taps)
+    weight = weight.reshape(weight.shape[0], -1)
+    backend = backend_for(grad_output)
+    return backend.grad_input(grad_output, weight, taps, height, width, stride, residual, channels_last)
+
+
+@torch.library.impl(_library, "oriented_conv1d_grad_weight", "CompositeExplicitAutograd")
+def _run_grad_weight(
+    grad_output: Tensor,
+    input: Tensor,
+    theta: Tensor | None,
+    angles: list[float],
+    counts: list[int],
+    kernel_size: int,
+    stride: int,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    taps = _layer(theta, angles, counts, kernel_size)
+    _check(grad_output, input, "input", taps)
+    return backend_for(input).grad_weight(grad_output, input, taps, stride, with_bias)
+
+
+# Shapes and strides --------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("oriented1d::oriented_conv1d", lib=_library)
+def _fake_conv(input, weight, bias, theta, angles, counts, stride, residual):  # type: ignore[no-untyped-def]
+    n, c, height, width = input.shape
+    shape = (n, c, (height + stride - 1) // stride, (width + stride - 1) // stride)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(channels_last(input)))
+
+
+@torch.library.register_fake("oriented1d::oriented_conv1d_grad_input", lib=_library)
+def _fake_grad_input(  # type: ignore[no-untyped-def]
+    grad_output, weight, theta, angles, counts, height, width, stride, residual, channels_last
+):
+    shape = (grad_output.shape[0], grad_output.shape[1], height, width)
+    return torch.empty(
+        shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format(channels_last)
+    )
+
+
+@torch.library.register_fake("oriented1d::oriented_conv1d_grad_weight", lib=_library)
+def _fake_grad_weight(  # type: ignore[no-untyped-def]
+    grad_output, input, theta, angles, counts, kernel_size, stride, with_bias
+):
+    c = input.shape[1]
+    return input.new_empty(c, kernel_size), input.new_empty(c if with_bias else 0)
+
+
+# Autograd ------------------------------------------------------------------------------------------------------------
+
+
+def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, theta, ctx.angles, ctx.counts, ctx.stride, ctx.residual = inputs
+    input_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(input if weight_needed or bias_needed else None, weight if input_needed else None, theta)
+    ctx.height, ctx.width = input.shape[2:]
+    ctx.channels_last = channels_last(input)
+    ctx.weight_shape = weight.shape
+
+
+def _conv_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, theta = ctx.saved_tensors
+    layer = (theta, ctx.angles, ctx.counts)
+    input_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
+    of_input = of_weight = of_bias = None
+    if input_needed:
+        size = (ctx.height, ctx.width)
+        of_input = _grad_input(grad_output, weight, *layer, *size, ctx.stride, ctx.residual, ctx.channels_last)
+    if weight_needed:
+        of_weight, of_bias = _grad_weight(grad_output, input, *layer, ctx.weight_shape[-1], ctx.stride, bias_needed)
+        of_weight = of_weight.reshape(ctx.weight_shape)
+    elif bias_needed:
+        of_bias = grad_output.sum((0, 2, 3))
+    return of_input, of_weight, of_bias if bias_needed else None, None, None, None, None, None
+
+
+def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, weight, theta, ctx.angles, ctx.counts, _, _, ctx.stride, ctx.residual, _ = inputs
+    ctx.save_for_backward(grad_output, weight, theta)
+
+
+def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, weight, theta = ctx.saved_tensors
+    layer = (theta, ctx.angles, ctx.counts)
+    of_grad_output = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_grad_output = _conv(grad, weight, None, *layer, ctx.stride, ctx.residual)
+    if ctx.needs_input_grad[1]:
+        of_weight = _grad_weight(grad_output, grad, *layer, weight.shape[-1], ctx.stride, False)[0]
+        of_weight = of_weight.reshape(weight.shape)
+    return of_grad_output, of_weight, *([None] * 8)
+
+
+def _save_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grad_output, input, theta, ctx.angles, ctx.counts, _, ctx.stride, ctx.with_bias = inputs
+    ctx.save_for_backward(grad_output, input, theta)
+
+
+def _grad_weight_backward(ctx: Any, grad_w: Tensor, grad_b: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, input, theta = ctx.saved_tensors
+    layer = (theta, ctx.angles, ctx.counts)
+    of_grad_output = of_input = None
+    if ctx.needs_input_grad[0]:
+        of_grad_output = _conv(input, grad_w, grad_b if ctx.with_bias else None, *layer, ctx.stride, False)
+    if ctx.needs_input_grad[1]:
+        size = input.shape[2:]
+        of_input = _grad_input(grad_output, grad_w, *layer, *size, ctx.stride, False, channels_last(input))
+    return of_grad_output, of_input, *([None] * 6)
+
+
+for _name, _backward, _save in (
+    ("oriented_conv1d", _conv_backward, _save_conv),
+    ("oriented_conv1d_grad_input", _grad_input_backward, _save_grad_input),
+    ("oriented_conv1d_grad_weight", _grad_weight_backward, _save_grad_weight),
+):
+    torch.library.register_autograd(f"oriented1d::{_name}", _backward, setup_context=_save, lib=_library)
+
+
+# Autocast ------------------------------------------------------------------------------------------------------------
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Compute in the low precision that is in force, as convolutions do (sums are float32 in every backend)."""
+
+    def low(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        eligible = tensor is not None and tensor.device.type == device_type and tensor.dtype != torch.float64
+        return tensor.to(dtype) if tensor is not None and eligible else tensor
+
+    def conv(input, weight, bias, theta, angles, counts, stride, residual):  # type: ignore[no-untyped-def]
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            input, weight, bias = low(input, dtype), low(weight, dtype), low(bias, dtype)
+            return _conv(input, weight, bias, theta, angles, counts, stride, residual)
+
+    _library.impl("oriented_conv1d", conv, key)
+
+
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
+    _register_autocast(_device_type, _key)
+
+
+# FLOPs ---------------------------------------------------------------------------------------------------------------
+# As torch.utils.flop_counter counts convolutions: two for each multiply-add, borders as if they were inside.
+
+
+def _flops(image_shape: torch.Size, kernel_size: int) -> int:
+    return 2 * image_shape.numel() * kernel_size
+
+
+@register_flop_formula(_ops.oriented_conv1d)
+def _conv_flops(input_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _flops(torch.Size(out_shape), weight_shape[-1])
+
+
+@register_flop_formula(_ops.oriented_conv1d_grad_input)
+def _grad_input_flops(grad_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _flops(torch.Size(grad_shape), weight_shape[-1])
+
+
+@register_flop_formula(_ops.oriented_conv1d_grad_weight)
+def _grad_weight_flops(grad_shape, input_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _flops(torch.Size(grad_shape), out_shape[0][-1])
