@@ -1,10 +1,11 @@
 """From angles to integer taps. The only place of the package that rounds.
 
-An oriented 1D kernel of odd size ``K`` at angle ``theta`` reads, for ``t = -r..r`` with ``r = (K - 1) / 2``, the pixel at
+With ``r = (K - 1) / 2``, an oriented 1D kernel of odd size ``K`` at angle ``theta`` reads, for ``t = -r..r``, the pixel
+that lies
 
     dy(t) = trunc(-sin(theta) * t)        dx(t) = trunc(cos(theta) * t)
 
-rows and columns away from the output pixel (rows grow downwards, so an angle of 90 degrees points up). The products are
+rows and columns from the output pixel (rows grow downwards, so an angle of 90 degrees points up). The products are
 float32 and are truncated towards zero; one that is an integer but for rounding (0.5 * 14 at 30 degrees) counts as that
 integer. Everything is computed on the host, once for each set of angles; the operator's backends only see integers.
 """
@@ -108,8 +109,8 @@ def directions(angles: Tensor | Sequence[float]) -> Directions:
     """Read ``angles`` on the host and run-length encode them.
 
     Args:
-        angles: ``(C,)`` radians, a floating point tensor of any device or a sequence of numbers. A tensor that is not on
-            the CPU is copied to the host when it is first seen and after each change in place.
+        angles: ``(C,)`` radians, a floating point tensor of any device or a sequence of numbers. A tensor that is not
+            on the CPU is copied to the host when it is first seen and after each change in place.
 
     Raises:
         TypeError: ``angles`` holds no real numbers.

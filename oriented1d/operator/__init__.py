@@ -1,4 +1,4 @@
-"""The operator: ``functional`` (what users call), ``library`` (registration, autograd), and a module for each backend."""
+"""The operator: ``functional`` (what users call), ``library`` (registration, autograd), one module for each backend."""
 
 from oriented1d.operator.functional import oriented_conv1d
 from oriented1d.operator.library import use_backend

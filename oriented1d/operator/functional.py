@@ -1,4 +1,4 @@
-"""``oriented_conv1d``: the function users call. It checks its arguments and reads the angles; the operator does the rest."""
+"""``oriented_conv1d``, the function users call: it checks its arguments, reads the angles and calls the operator."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ for _schema in (
     f"oriented_conv1d_grad_weight(Tensor grad_output, Tensor input, {_ANGLES}, int kernel_size, int stride,"
     " bool with_bias) -> (Tensor, Tensor)",
 ):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Exact strides: the output's memory format follows the input's, so a compiler must not change that.
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 _ops = torch.ops.oriented1d
 _conv = _ops.oriented_conv1d.default
@@ -159,16 +160,14 @@ def _run_grad_weight(
 
 
 @torch.library.register_fake("oriented1d::oriented_conv1d", lib=_library)
-def _fake_conv(input, weight, bias, theta, angles, counts, stride, residual):  # type: ignore[no-untyped-def]
+def _fake_conv(input, weight, bias, theta, angles, counts, stride, residual):
     n, c, height, width = input.shape
     shape = (n, c, (height + stride - 1) // stride, (width + stride - 1) // stride)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(channels_last(input)))
 
 
 @torch.library.register_fake("oriented1d::oriented_conv1d_grad_input", lib=_library)
-def _fake_grad_input(  # type: ignore[no-untyped-def]
-    grad_output, weight, theta, angles, counts, height, width, stride, residual, channels_last
-):
+def _fake_grad_input(grad_output, weight, theta, angles, counts, height, width, stride, residual, channels_last):
     shape = (grad_output.shape[0], grad_output.shape[1], height, width)
     return torch.empty(
         shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format(channels_last)
@@ -176,9 +175,7 @@ def _fake_grad_input(  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("oriented1d::oriented_conv1d_grad_weight", lib=_library)
-def _fake_grad_weight(  # type: ignore[no-untyped-def]
-    grad_output, input, theta, angles, counts, kernel_size, stride, with_bias
-):
+def _fake_grad_weight(grad_output, input, theta, angles, counts, kernel_size, stride, with_bias):
     c = input.shape[1]
     return input.new_empty(c, kernel_size), input.new_empty(c if with_bias else 0)
 
@@ -187,9 +184,9 @@ def _fake_grad_weight(  # type: ignore[no-untyped-def]
 
 
 def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, theta, ctx.angles, ctx.counts, ctx.stride, ctx.residual = inputs
-    input_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
-    ctx.save_for_backward(input if weight_needed or bias_needed else None, weight if input_needed else None, theta)
+    input, weight, _, theta, ctx.angles, ctx.counts, ctx.stride, ctx.residual = inputs
+    input_needed, weight_needed = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(input if weight_needed else None, weight if input_needed else None, theta)
     ctx.height, ctx.width = input.shape[2:]
     ctx.channels_last = channels_last(input)
     ctx.weight_shape = weight.shape
@@ -263,7 +260,7 @@ def _register_autocast(device_type: str, key: str) -> None:
         eligible = tensor is not None and tensor.device.type == device_type and tensor.dtype != torch.float64
         return tensor.to(dtype) if tensor is not None and eligible else tensor
 
-    def conv(input, weight, bias, theta, angles, counts, stride, residual):  # type: ignore[no-untyped-def]
+    def conv(input, weight, bias, theta, angles, counts, stride, residual):
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
             input, weight, bias = low(input, dtype), low(weight, dtype), low(bias, dtype)
@@ -285,15 +282,15 @@ def _flops(image_shape: torch.Size, kernel_size: int) -> int:
 
 
 @register_flop_formula(_ops.oriented_conv1d)
-def _conv_flops(input_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _conv_flops(input_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return _flops(torch.Size(out_shape), weight_shape[-1])
 
 
 @register_flop_formula(_ops.oriented_conv1d_grad_input)
-def _grad_input_flops(grad_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _grad_input_flops(grad_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return _flops(torch.Size(grad_shape), weight_shape[-1])
 
 
 @register_flop_formula(_ops.oriented_conv1d_grad_weight)
-def _grad_weight_flops(grad_shape, input_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _grad_weight_flops(grad_shape, input_shape, *args, out_shape=None, **kwargs) -> int:
     return _flops(torch.Size(grad_shape), out_shape[0][-1])
