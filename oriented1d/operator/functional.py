@@ -71,13 +71,12 @@ def oriented_conv1d(
     if stride < 1:
         raise ValueError(f"stride: expected at least 1, got {stride}")
     device = input.device
-    autocast = torch.is_autocast_enabled(device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.device != device:
             raise ValueError(f"{name}: expected the device of the input, {device}, got {tensor.device}")
-        if tensor.dtype != input.dtype and not (autocast and tensor.dtype in DTYPES):
+        if tensor.dtype != input.dtype and not (_autocast(device.type) and tensor.dtype in DTYPES):
             raise TypeError(f"{name}: expected the dtype of the input, {input.dtype}, got {tensor.dtype}")
 
     if isinstance(angles, Tensor) and torch.compiler.is_compiling():
@@ -90,3 +89,7 @@ def oriented_conv1d(
             raise ValueError(f"angles: expected one for each of the {channels} channels, got {layer.channels}")
         theta, values, counts = None, layer.angles, layer.counts  # type: ignore[assignment]
     return library._conv(input, weight, bias, theta, values, counts, stride, residual)
+
+
+def _autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -14,7 +14,6 @@ of a compiled or exported graph), or as the tensor ``theta``, which is read on t
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from oriented1d import geometry
-from oriented1d.operator import portable
+from oriented1d.operator import cpu, portable
 from oriented1d.operator.layout import channels_last, memory_format
 
 _ANGLES = "Tensor? theta, float[] angles, int[] counts"
@@ -76,17 +75,11 @@ def backend_for(tensor: Tensor) -> ModuleType:
     """The module that runs the operator on tensors like this one."""
     if _forced == "portable":
         return portable
-    if tensor.device.type == "cpu" and _HAS_NUMBA:
-        from oriented1d.operator import cpu  # numba takes a while to import: not before it is needed
-
-        if tensor.dtype in cpu.DTYPES:
-            return cpu
+    if tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES and cpu.available():
+        return cpu
     if _forced is not None:
         raise RuntimeError(f"backend {_forced!r} cannot run {tensor.dtype} on {tensor.device}")
     return portable
-
-
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 def _layer(theta: Tensor | None, angles: list[float], counts: list[int], kernel_size: int) -> geometry.LayerTaps:

@@ -198,3 +198,11 @@ def test_wrong_arguments_are_named(case: str) -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="got 'cudnn'"), use_backend("cudnn"):
         pass
+
+
+def test_meta_tensors() -> None:
+    x = torch.empty(2, 8, 9, 12, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+    y = oriented_conv1d(x, torch.empty(8, 7, device="meta"), ANGLES, stride=2)
+    assert y.shape == (2, 8, 5, 6)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
