@@ -1,0 +1,1 @@
+"""What the tasks share: parameter groups, schedule, batch arithmetic, callbacks, and the command that runs them."""

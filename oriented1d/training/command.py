@@ -1,0 +1,167 @@
+"""``oriented1d fit|validate|predict``: one command for all tasks, made of the classes that the configuration names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import os
+import pydoc
+import re
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from oriented1d.training.callbacks import BestCheckpoint, LastCheckpoint, Progress, StopAtBadLoss, Summary
+from oriented1d.training.errors import UserError
+from oriented1d.training.files import check_writable
+
+_EXPECTED_WARNINGS = (
+    "LightningCLI's args parameter is intended",  # with several devices, the other processes need sys.argv too
+    "Experiment logs directory .* exists and is not empty",  # the folder is shared with TensorBoard's log
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # the moving average
+    "Be aware that when using `ckpt_path`, callbacks used",  # validate and predict write no checkpoints
+    "The dirpath has changed from",  # a resumed run writes into a folder of its own
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning with torch 2.11
+)
+
+
+class Command(LightningCLI):
+    """Lightning's command line with our loggers, callbacks and checks.
+
+    A run of ``fit`` writes into ``{trainer.default_root_dir}/version_N`` with the next free ``N``: nothing that an
+    earlier run saved is touched.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        strict = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "enable_model_summary": False,
+                "callbacks": [Summary(), Progress(), StopAtBadLoss()],
+            },
+            seed_everything_default=0,
+            # An ArgumentError instead of three lines of usage and the end of the process; no guessing of options.
+            parser_kwargs=strict | {name: dict(strict) for name in self.subcommands()},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+            # Options come from the configuration and the command line alone, never from inside a checkpoint.
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "test"}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults(weights_only=True)
+        if subcommand == "predict":
+            parser.set_defaults(return_predictions=False)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        checkpoint = self.config[self.config.subcommand].ckpt_path
+        if checkpoint is not None:
+            _check_checkpoint(checkpoint)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        trainer = self._get(self.config_init, "trainer")
+        if self.subcommand == "fit":
+            root = os.path.abspath(trainer.default_root_dir)
+            check_writable(root, "trainer.default_root_dir")
+            if trainer.logger is None and not trainer.fast_dev_run:
+                tensorboard = TensorBoardLogger(root, name="")
+                kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
+            best = [BestCheckpoint(monitor, filename) for filename, monitor in self.model.monitors.items()]
+            # The last one comes last: it holds the state of the others.
+            self.trainer_defaults["callbacks"] += [*best, LastCheckpoint()]
+        else:
+            self.save_config_callback = None
+            kwargs["logger"] = False
+        if self.subcommand == "predict" and trainer.devices == "auto":
+            kwargs["devices"] = 1  # the predictions are one file
+        return super().instantiate_trainer(**kwargs)
+
+
+def _check_checkpoint(path: str) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"ckpt_path: expected a checkpoint file, got {path}, which does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ours = isinstance(checkpoint, dict) and {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys()
+    except Exception:  # torch.load fails in many ways; all of them mean the same here
+        ours = False
+    if not ours:
+        raise UserError(
+            f"ckpt_path: expected a checkpoint written by oriented1d fit, got {path}; "
+            "weights of other origin are read with --model.pretrained"
+        )
+
+
+def plain(message: str) -> str:
+    """A message of jsonargparse on one line, without the alternatives that nobody meant (that it may also be null)."""
+    lines = message.splitlines()
+    union = next((i for i, line in enumerate(lines) if "Does not validate against any of the Union" in line), None)
+    errors = next((i for i, line in enumerate(lines) if line.strip() == "Errors:"), None)
+    if union is None or errors is None:
+        return " ".join(line.strip() for line in lines)
+    first = lines[errors + 1]
+    alternative = [first.strip().removeprefix("- ")]
+    for line in lines[errors + 2 :]:
+        if _indent(line) <= _indent(first):
+            break
+        alternative.append(line)
+    text = " ".join([*(line.strip() for line in lines[:union]), plain("\n".join(alternative))])
+    if "Expected a" in text and "value:" not in text:
+        text += ". " + next(line.strip() for line in reversed(lines) if line.strip().startswith("Given value:"))
+    return text
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _suggestion(message: str) -> str:
+    if "arguments are required" in message:
+        return "; give them with --config FILE"
+    option = re.search(r"(?:ption '|arguments: --)([\w.]+)", message)
+    owner = re.search(r"class_path '([\w.]+)'", message)
+    if option is None or not (owner or option[1].startswith("trainer.")):
+        return ""
+    names = inspect.signature(pydoc.locate(owner[1]) if owner else L.Trainer).parameters  # type: ignore[arg-type]
+    close = difflib.get_close_matches(option[1].rpartition(".")[2], names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run ``fit``, ``validate`` or ``predict`` with the arguments that follow it on the command line.
+
+    Raises:
+        UserError: bad input.
+        Exception: whatever else torch, timm or Lightning raise.
+    """
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        Command([command, *args])
+    except ArgumentError as error:
+        message = plain(str(error))
+        raise UserError(message + _suggestion(message)) from error
+    except ValueError as error:
+        # What a class raised when it was made, wrapped by jsonargparse.
+        if "Does not validate against any of the Union" in str(error) and error.__cause__ is not None:
+            raise error.__cause__ from error
+        raise
