@@ -14,6 +14,8 @@ of a compiled or exported graph), or as the tensor ``theta``, which is read on t
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -55,15 +57,15 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the operator on one backend inside a ``with`` block, on every thread: for tests and measurements.
 
     Args:
-        name: ``"portable"`` (plain PyTorch) or ``"cpu"`` (numba).
+        name: ``"portable"`` (plain PyTorch), ``"cpu"`` (numba) or ``"cuda"``.
 
     Raises:
         ValueError: there is no such backend.
         RuntimeError: (from the operator) the backend cannot run the tensors it is given.
     """
     global _forced
-    if name not in ("portable", "cpu"):
-        raise ValueError(f"name: expected 'portable' or 'cpu', got {name!r}")
+    if name not in ("portable", "cpu", "cuda"):
+        raise ValueError(f"name: expected 'portable', 'cpu' or 'cuda', got {name!r}")
     before, _forced = _forced, name
     try:
         yield
@@ -71,15 +73,32 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def backend_for(tensor: Tensor) -> ModuleType:
-    """The module that runs the operator on tensors like this one."""
+def backend_for(tensor: Tensor, taps: geometry.LayerTaps, stride: int) -> ModuleType:
+    """The module that runs a layer on tensors like this one."""
     if _forced == "portable":
         return portable
-    if tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES and cpu.available():
-        return cpu
+    reason = None
+    if tensor.device.type == "cpu":
+        if tensor.dtype in cpu.DTYPES and cpu.available():
+            return cpu
+    elif tensor.device.type == "cuda":
+        from oriented1d.operator import cuda
+
+        reason = cuda.unsupported(tensor, taps, stride)
+        if reason is None:
+            return cuda
     if _forced is not None:
-        raise RuntimeError(f"backend {_forced!r} cannot run {tensor.dtype} on {tensor.device}")
+        raise RuntimeError(
+            f"backend {_forced!r} cannot run {tensor.dtype} on {tensor.device}: {reason or 'wrong device'}"
+        )
+    if reason is not None and tensor.dtype != torch.float64:
+        _warn_once(reason)
     return portable
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"oriented1d: no CUDA kernels for {reason}: using plain PyTorch, which is slower", stacklevel=2)
 
 
 def _layer(theta: Tensor | None, angles: list[float], counts: list[int], kernel_size: int) -> geometry.LayerTaps:
@@ -110,7 +129,7 @@ def _run_conv(
     taps = _layer(theta, angles, counts, weight.shape[-1])
     _check(input, weight, "weight", taps)
     weight = weight.reshape(weight.shape[0], -1)
-    return backend_for(input).forward(input, weight, bias, taps, stride, residual)
+    return backend_for(input, taps, stride).forward(input, weight, bias, taps, stride, residual)
 
 
 @torch.library.impl(_library, "oriented_conv1d_grad_input", "CompositeExplicitAutograd")
@@ -129,7 +148,7 @@ def _run_grad_input(
     taps = _layer(theta, angles, counts, weight.shape[-1])
     _check(grad_output, weight, "weight", taps)
     weight = weight.reshape(weight.shape[0], -1)
-    backend = backend_for(grad_output)
+    backend = backend_for(grad_output, taps, stride)
     return backend.grad_input(grad_output, weight, taps, height, width, stride, residual, channels_last)
 
 
@@ -146,7 +165,7 @@ def _run_grad_weight(
 ) -> tuple[Tensor, Tensor]:
     taps = _layer(theta, angles, counts, kernel_size)
     _check(grad_output, input, "input", taps)
-    return backend_for(input).grad_weight(grad_output, input, taps, stride, with_bias)
+    return backend_for(input, taps, stride).grad_weight(grad_output, input, taps, stride, with_bias)
 
 
 # Shapes and strides --------------------------------------------------------------------------------------------------

@@ -1,0 +1,280 @@
+"""The operator on NVIDIA GPUs: kernels written for the angles of a layer and compiled when first needed.
+
+``tiles`` decides what a thread computes, ``source`` writes CUDA C++, ``compiler`` turns it into machine code and keeps
+it on disk; this module chooses kernels, shapes grids and launches. See docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from oriented1d.geometry import LayerTaps
+from oriented1d.operator.cuda import compiler, source
+from oriented1d.operator.cuda.source import Spec
+from oriented1d.operator.layout import channels_last as is_channels_last
+from oriented1d.operator.layout import memory_format
+
+DTYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
+_ANGLES_PER_KERNEL = 8
+_LONGEST_KERNEL = 63
+_LARGEST_STRIDE = 3  # the code of grad-input grows with its square
+_MOST_ANGLES = 64
+
+
+def unsupported(tensor: Tensor, taps: LayerTaps, stride: int) -> str | None:
+    """Why these kernels cannot run a layer on tensors like this one; None if they can."""
+    if tensor.shape[1:].numel() >= 2**31:
+        return "images of 2**31 numbers or more"
+    return _unsupported(tensor.dtype, tensor.device, taps, stride)
+
+
+@functools.lru_cache(maxsize=4096)
+def _unsupported(dtype: torch.dtype, device: torch.device, taps: LayerTaps, stride: int) -> str | None:
+    if dtype not in DTYPES:
+        return str(dtype)
+    if taps.kernel_size > _LONGEST_KERNEL:
+        return f"a kernel size over {_LONGEST_KERNEL}"
+    if len(set(taps.directions.angles)) > _MOST_ANGLES:
+        return f"more than {_MOST_ANGLES} different angles in a layer"
+    if stride > _LARGEST_STRIDE:
+        return f"a stride over {_LARGEST_STRIDE}"
+    return compiler.unavailable(device)
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, taps: LayerTaps, stride: int, residual: bool) -> Tensor:
+    n, c, hi, wi = input.shape
+    last = is_channels_last(input)
+    size = (n, c, -(-hi // stride), -(-wi // stride))
+    output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(last))
+    _gather("gather", input, output, weight, bias, taps, stride, last, reverse=False, residual=residual)
+    return output
+
+
+def grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    taps: LayerTaps,
+    height: int,
+    width: int,
+    stride: int,
+    residual: bool,
+    channels_last: bool,
+) -> Tensor:
+    n, c = grad_output.shape[:2]
+    layout = memory_format(channels_last)
+    result = torch.empty(
+        (n, c, height, width), dtype=grad_output.dtype, device=grad_output.device, memory_format=layout
+    )
+    # At stride 1 the taps are symmetric about the centre: the adjoint is the operator with the weights reversed.
+    kind = "gather" if stride == 1 else "adjoint"
+    _gather(kind, grad_output, result, weight, None, taps, stride, channels_last, stride == 1, residual)
+    return result
+
+
+def grad_weight(
+    grad_output: Tensor, input: Tensor, taps: LayerTaps, stride: int, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    c = input.shape[1]
+    last = is_channels_last(input)
+    result = input.new_empty(c, taps.kernel_size)
+    bias = input.new_empty(c if with_bias else 0)
+    if grad_output.numel() == 0:
+        return result.zero_(), bias.zero_()
+    x = input.contiguous(memory_format=memory_format(last))
+    g = grad_output.contiguous(memory_format=memory_format(last))
+    with torch.cuda.device(x.device):
+        for launch in _launches("weight", x.shape, g.shape, x.dtype, last, _alignment(x, g), x.device, taps, stride):
+            partial = torch.empty(launch.partial, dtype=torch.float32, device=x.device)
+            launch.run(x.data_ptr(), g.data_ptr(), partial.data_ptr())
+            pointers = partial.data_ptr(), result.data_ptr(), bias.data_ptr() if with_bias else 0
+            launch.reduce(*pointers)
+    return result, bias
+
+
+def _gather(
+    kind: str,
+    input: Tensor,
+    output: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: LayerTaps,
+    stride: int,
+    last: bool,
+    reverse: bool,
+    residual: bool,
+) -> None:
+    if output.numel() == 0:
+        return
+    x = input.contiguous(memory_format=memory_format(last))
+    w = weight.contiguous()
+    b = bias.contiguous().data_ptr() if bias is not None else 0
+    with torch.cuda.device(x.device):
+        alignment = _alignment(x, output)
+        for launch in _launches(kind, x.shape, output.shape, x.dtype, last, alignment, x.device, taps, stride):
+            launch.run(x.data_ptr(), output.data_ptr(), w.data_ptr(), b, after=(int(reverse), int(residual)))
+
+
+def _alignment(*tensors: Tensor) -> int:
+    """The bytes, 16 at most, that the addresses of tensors are multiples of."""
+    bits = 16
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    return bits & -bits
+
+
+@dataclasses.dataclass
+class _Launch:
+    """One kernel with its grid and the arguments that do not change from call to call."""
+
+    code: compiler.Compiled
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int  # bytes
+    table: Tensor  # (rows, 3) int32: program, first channel, number of channels
+    per_program: int  # rows of a program in the table
+    sizes: tuple[int, ...]  # N, C, H and W of the input and of the output, images of a block
+    granule: int  # bytes of an asynchronous copy
+    partial: tuple[int, int, int]  # shape of the blocks' parts of a weight gradient
+
+    def __post_init__(self) -> None:
+        rows, channels = self.table.shape[0], self.sizes[1]
+        self._config = compiler.config(self.grid, self.threads, self.shared)
+        self._constants = (self.table.data_ptr(), rows, self.per_program, *self.sizes, self.granule)
+        self._reduce_config = compiler.config((rows, 4, 1), 256, 0)
+        self._reduce_constants = (self.table.data_ptr(), channels, self.partial[0])
+
+    def run(self, *pointers: int, after: tuple[int, ...] = ()) -> None:
+        self.code.launch("run", self._config, *pointers, *self._constants, *after)
+
+    def reduce(self, *pointers: int) -> None:
+        self.code.launch("reduce", self._reduce_config, *pointers, *self._reduce_constants)
+
+
+def _granule(taps: LayerTaps, table: list[tuple[int, int, int]], itemsize: int, pointers: int) -> int:
+    """The largest copy, in bytes, that every address and every run of channels is a multiple of; 0 for none."""
+    bits = taps.channels * itemsize | pointers
+    for _, start, count in table:
+        bits |= start * itemsize | count * itemsize
+    return next((size for size in (16, 8, 4) if bits % size == 0), 0)
+
+
+def _spec(
+    kind: str,
+    last: bool,
+    dtype: torch.dtype,
+    kernel_size: int,
+    stride: int,
+    angles: tuple[float, ...],
+    even: bool,
+    widest: int,
+    outputs: int,
+    image: int,
+    memory: int,
+) -> tuple[Spec, int]:
+    """The kernel for a layer, with the largest blocks whose shared memory fits, and the bytes of it.
+
+    ``widest`` is the number of channels of the commonest angle, ``outputs`` and ``image`` are the longer sides of both.
+    """
+    length = 7 if outputs <= 7 else 14
+    common = (kind, last, DTYPES[dtype])
+    if last:
+        # Two channels a thread halve the loads, but need twice the registers.
+        vector = 2 if dtype.itemsize == 2 and even and kernel_size <= 31 and stride == 1 else 1
+        blocks = 2 if vector == 2 or kernel_size > 31 else 3
+        channels = 16 if vector == 2 and widest > 8 else 8
+        along = 1 if outputs <= 14 else 2 if outputs <= 28 else 4
+        for tiles in (32, 16, 8):
+            strip = source.Blocks(tiles=tiles, along=min(along, tiles // 4), channels=channels, resident=blocks)
+            spec = Spec(*common, vector, kernel_size, stride, angles, length, strip)
+            shared = source.strip_bytes(spec)
+            if shared <= memory:
+                break
+    else:
+        for region in (56, 28, 14, 7):
+            if outputs <= region // 2 and region > 7:
+                continue
+            length = min(14, region)
+            square = source.Blocks(region=region, whole=image <= region, resident=2 if kernel_size <= 31 else 1)
+            spec = Spec(*common, 1, kernel_size, stride, angles, length, square)
+            shared = source.planar_layout(spec)[2]
+            if shared <= memory:
+                break
+    return spec, shared
+
+
+@functools.lru_cache(maxsize=4096)
+def _launches(
+    kind: str,
+    in_shape: torch.Size,
+    out_shape: torch.Size,
+    dtype: torch.dtype,
+    last: bool,
+    alignment: int,
+    device: torch.device,
+    taps: LayerTaps,
+    stride: int,
+) -> tuple[_Launch, ...]:
+    n, c, hi, wi = in_shape
+    ho, wo = out_shape[2:]
+    phases = stride**2 if kind == "adjoint" else 1
+    oh, ow = (-(-ho // stride), -(-wo // stride)) if kind == "adjoint" else (ho, wo)
+    distinct = sorted(set(taps.directions.angles))
+    processors, memory = compiler.limits(device)
+    even = alignment % (2 * dtype.itemsize) == 0 and all(run.start % 2 == run.stop % 2 == 0 for run in taps.runs)
+    widest = max(run.stop - run.start for run in taps.runs)
+    result = []
+    for first in range(0, len(distinct), _ANGLES_PER_KERNEL):
+        angles = tuple(distinct[first : first + _ANGLES_PER_KERNEL])
+        spec, shared = _spec(
+            kind, last, dtype, taps.kernel_size, stride, angles, even, widest, max(oh, ow), max(hi, wi),
+            memory,
+        )  # fmt: skip
+        programs = source.programs(spec)
+        if last:
+            most = spec.block.channels
+        else:
+            most, threads, _ = source.planar_layout(spec)
+        by_program: list[list[tuple[int, int, int]]] = [[] for _ in programs]
+        for run in taps.runs:
+            if run.angle not in angles:
+                continue
+            channels = run.stop - run.start
+            each = -(-channels // -(-channels // most))
+            each = -(-each // spec.vector) * spec.vector
+            for start in range(run.start, run.stop, each):
+                count = min(each, run.stop - start)
+                for program in range(angles.index(run.angle) * phases, (angles.index(run.angle) + 1) * phases):
+                    by_program[program].append((program, start, count))
+        # As many rows for every program; rows without channels have nothing to do.
+        per_program = max(map(len, by_program))
+        table = [row for part in by_program for row in part + [(0, 0, 0)] * (per_program - len(part))]
+        rows = len(table)
+        granule = 0
+        if last:
+            threads = spec.block.tiles * max(count for _, _, count in table) // spec.vector
+            granule = _granule(taps, table, dtype.itemsize, alignment)
+            groups = max(source.strips(spec, program, oh, ow) for program in programs)
+        else:
+            groups = -(-oh // spec.block.region) * -(-ow // spec.block.region)
+        # A block works on several images, which spreads the cost of its start, as long as there are blocks enough.
+        images = max(1, min(16, n * rows * groups // (processors * 4)))
+        splits = -(-n // images)
+        result.append(
+            _Launch(
+                compiler.compile(spec, device),
+                (rows * groups, splits, 1),
+                threads,
+                shared,
+                torch.tensor(table, dtype=torch.int32).to(device),
+                per_program,
+                (n, c, hi, wi, ho, wo, images),
+                granule,
+                (splits * groups, c, max(len(program.fold) for program in programs) + 1),
+            )
+        )
+        result[-1].code.reserve("run", shared, device)
+    return tuple(result)

@@ -1,0 +1,105 @@
+"""CUDA C++ to machine code, through NVRTC and NVIDIA's ``cuda.core``, with a cache on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+
+from oriented1d.operator.cuda import source
+
+try:
+    from cuda.bindings import driver
+    from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
+    from cuda.core.utils import FileStreamProgramCache
+
+    _IMPORT_ERROR: str | None = None
+except Exception as error:  # a missing package, or a missing library of a present one
+    _IMPORT_ERROR = f"cuda.core cannot be imported ({error})"
+
+OLDEST = (7, 5)
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why kernels cannot be compiled for a device; None if they can."""
+    if torch.version.hip is not None:
+        return "ROCm"
+    if _IMPORT_ERROR is not None:
+        return _IMPORT_ERROR
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]}, older than {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+@functools.cache
+def limits(device: torch.device) -> tuple[int, int]:
+    """Processors of a device, and bytes of shared memory that a block can have."""
+    properties = Device(device.index).properties
+    return properties.multiprocessor_count, properties.max_shared_memory_per_block_optin
+
+
+def cache_folder() -> Path:
+    """Where machine code is kept: ``$ORIENTED1D_CACHE``, or ``oriented1d`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oriented1d"
+    return Path(os.environ.get("ORIENTED1D_CACHE") or default)
+
+
+@dataclasses.dataclass
+class Compiled:
+    """The kernels of one source."""
+
+    kernels: dict[str, Kernel]
+
+    def reserve(self, name: str, shared: int, device: torch.device) -> None:
+        """Allow a kernel more than 48 KiB of shared memory."""
+        if shared > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (error,) = driver.cuKernelSetAttribute(attribute, shared, self.kernels[name].handle, device.index)
+            if error != driver.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"{name}: cannot have {shared} bytes of shared memory ({error})")
+
+    def launch(self, name: str, config: LaunchConfig, *arguments: int) -> None:
+        launch(_stream(torch.cuda.current_stream().cuda_stream), config, self.kernels[name], *arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _stream(handle: int) -> Stream:
+    return Stream.from_handle(handle)
+
+
+def config(grid: tuple[int, int, int], threads: int, shared: int) -> LaunchConfig:
+    return LaunchConfig(grid=grid, block=threads, shmem_size=shared)
+
+
+def machine_code(spec: source.Spec, architecture: str) -> ObjectCode:
+    """Compile for an architecture such as ``sm_90``; from the cache where it has been compiled before."""
+    options = ProgramOptions(name="oriented1d", arch=architecture, std="c++17")
+    program = Program(source.source(spec), "c++", options)
+    try:
+        with FileStreamProgramCache(cache_folder(), max_size_bytes=2**30) as cache:
+            return program.compile("cubin", cache=cache)
+    except OSError as error:
+        warnings.warn(f"compiled kernels are not kept: {error}", stacklevel=2)
+        return program.compile("cubin")
+
+
+_lock = threading.Lock()
+_compiled: dict[tuple[source.Spec, int | None], Compiled] = {}
+
+
+def compile(spec: source.Spec, device: torch.device) -> Compiled:
+    key = (spec, device.index)
+    with _lock:
+        if key not in _compiled:
+            major, minor = torch.cuda.get_device_capability(device)
+            code = machine_code(spec, f"sm_{major}{minor}")
+            names = ("run", "reduce") if spec.kind == "weight" else ("run",)
+            _compiled[key] = Compiled({name: code.get_kernel(name) for name in names})
+        return _compiled[key]

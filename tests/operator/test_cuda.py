@@ -1,0 +1,275 @@
+"""The CUDA kernels: compiled anywhere, run where there is a GPU."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from oriented1d import OrientedConv1d, geometry, oriented_conv1d, use_backend
+from oriented1d.operator import portable
+from tests.operator.reference import relative_error
+
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize("kind", ["gather", "adjoint", "weight"])
+@pytest.mark.parametrize("last", [False, True])
+def test_kernels_compile_without_a_gpu(
+    architecture: str, kind: str, last: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+    from oriented1d.operator.cuda import compiler
+
+    monkeypatch.setenv("ORIENTED1D_CACHE", str(tmp_path))
+    memory = {"sm_75": 65536, "sm_80": 166912, "sm_90": 232448}[architecture]
+    dtype = torch.bfloat16 if last else torch.float16
+    angles = tuple(geometry.layer_angles(8).tolist()[:3])
+    stride = 2 if kind == "adjoint" else 1
+    spec, shared = cuda._spec(kind, last, dtype, 7, stride, angles, True, 16, 56, 112, memory)
+    assert shared <= memory
+    first = compiler.machine_code(spec, architecture)
+    assert bytes(first.code)[:4] == b"\x7fELF"
+    again = compiler.machine_code(spec, architecture)  # now from the cache
+    assert bytes(again.code) == bytes(first.code)
+    assert any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_an_unwritable_cache_only_costs_time(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+    from oriented1d.operator.cuda import compiler
+
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("ORIENTED1D_CACHE", str(blocked / "cache"))
+    spec, _ = cuda._spec("gather", True, torch.float32, 3, 1, (0.0,), True, 8, 7, 7, 65536)
+    with pytest.warns(UserWarning, match="compiled kernels are not kept"):
+        code = compiler.machine_code(spec, "sm_80")
+    assert bytes(code.code)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("angle", [0.0, math.pi / 8, math.pi / 4, 1.3, math.pi / 2, 2.0, 3 * math.pi / 4, 3.0])
+@pytest.mark.parametrize("length", [7, 14])
+def test_a_tile_holds_every_tap_of_every_output(angle: float, stride: int, length: int) -> None:
+    from oriented1d.operator.cuda.tiles import make_tile
+
+    taps = geometry.layer_taps(geometry.directions([angle]), 31).runs[0].distinct
+    tile = make_tile(angle, taps, stride, length)
+    uses = {(i, d): (u, v) for u, v, pairs in tile.pixels for i, d in pairs}
+    assert len(uses) == length * len(taps)
+    assert len(tile.pixels) < 0.75 * len(uses)
+    for (i, d), (u, v) in uses.items():
+        dy, dx = taps[d].tolist()
+        du, dv = (dy, dx) if tile.steep else (dx, dy)
+        assert (u, v) == (i * stride + du, tile.drift(i) * stride + dv)
+    assert tile.drift(5 + 3 * length) == tile.drift(5) + 3 * tile.advance
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+
+def check(x, w, angles, b=None, *, stride=1, residual=False, g=None) -> None:
+    """Forward and all gradients against the portable path in float64."""
+    leaves = [t.detach().requires_grad_() for t in (x, w, b) if t is not None]
+    with use_backend("cuda"):
+        y = oriented_conv1d(leaves[0], leaves[1], angles, *leaves[2:], stride=stride, residual=residual)
+        g = torch.randn_like(y) if g is None else g
+        ours = [y, *torch.autograd.grad(y, leaves, g)]
+    plain = [t.detach().double().contiguous().requires_grad_() for t in leaves]
+    with use_backend("portable"):
+        z = oriented_conv1d(plain[0], plain[1], angles, *plain[2:], stride=stride, residual=residual)
+        theirs = [z, *torch.autograd.grad(z, plain, g.double())]
+    errors = [relative_error(a, e) for a, e in zip(ours, theirs, strict=True)]
+    assert max(errors) < TOLERANCE[x.dtype], errors
+
+
+@pytest.fixture
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+SIZES = [(1, 1), (5, 3), (7, 7), (13, 20), (14, 14), (28, 27), (56, 56), (61, 75), (3, 130)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_poison")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(
+    ("kernel_size", "stride"), [(31, 1), (31, 2), (7, 1), (15, 3), (63, 1), (63, 2), (1, 1), (3, 2)]
+)
+def test_every_size(dtype: torch.dtype, fmt: str, kernel_size: int, stride: int) -> None:
+    for (height, width), channels in zip(SIZES, itertools.cycle([16, 24, 5, 96, 9]), strict=False):
+        x = torch.randn(3, channels, height, width, device="cuda").to(dtype).to(memory_format=FORMATS[fmt])
+        w, b = (torch.randn(s, device="cuda").to(dtype) for s in ((channels, kernel_size), (channels,)))
+        check(x, w, geometry.layer_angles(channels), b, stride=stride, residual=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_angle(fmt: str) -> None:
+    angles = torch.linspace(-4, 7, 40)
+    x = torch.randn(2, 40, 33, 29, device="cuda").to(memory_format=FORMATS[fmt])
+    check(x, torch.randn(40, 15, device="cuda"), angles)
+    shuffled = angles[torch.randperm(40)].repeat_interleave(2)
+    x = torch.randn(2, 80, 20, 29, device="cuda").to(memory_format=FORMATS[fmt])
+    check(x, torch.randn(80, 9, device="cuda"), shuffled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views(dtype: torch.dtype) -> None:
+    def make(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda").to(dtype)
+
+    views = [
+        make(2, 16, 18, 24)[:, 4:12],
+        make(2, 18, 24, 17).permute(0, 3, 1, 2)[:, 3:11],
+        make(2, 8, 24, 18).transpose(2, 3),
+        make(4, 8, 36, 50)[1::2, :, ::2, 1:49:2],
+        make(2, 8, 1, 24).expand(2, 8, 18, 24),
+        make(2 * 8 * 18 * 24 + 1)[1:].view(2, 8, 18, 24),
+        make(2 * 8 * 18 * 24 + 1)[1:].view(2, 18, 24, 8).permute(0, 3, 1, 2),
+    ]
+    for view in views:
+        check(view, make(8, 7), geometry.layer_angles(8))
+        check(view, make(8, 7), geometry.layer_angles(8), stride=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_weight_gradient_is_the_same_bits_every_time(fmt: str) -> None:
+    x = torch.randn(32, 96, 28, 28, device="cuda").to(memory_format=FORMATS[fmt])
+    w = torch.randn(96, 31, device="cuda", requires_grad=True)
+    g = torch.randn_like(x)
+    grads = [torch.autograd.grad(oriented_conv1d(x, w, geometry.layer_angles(96)), w, g)[0] for _ in range(3)]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+    assert grads[0].abs().sum() > 0
+
+
+@pytest.mark.gpu
+def test_other_stream() -> None:
+    layer = OrientedConv1d(64, 31).cuda()
+    x = torch.randn(8, 64, 56, 56, device="cuda")
+    expected = layer(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        later = x * 2  # not there yet on any other stream
+        y = layer(later)
+    torch.cuda.current_stream().wait_stream(stream)
+    bias = layer.bias.detach()[:, None, None]
+    assert relative_error(y - bias, 2 * (expected.detach() - bias)) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_second_device() -> None:
+    layer = OrientedConv1d(64, 31)
+    x = torch.randn(2, 64, 28, 28)
+    results = [layer.to(device)(x.to(device)).cpu() for device in ("cpu", "cuda:0", "cuda:1")]
+    assert relative_error(results[1], results[0]) < 1e-6
+    assert relative_error(results[2], results[0]) < 1e-6
+
+
+@pytest.mark.gpu
+def test_graph_capture() -> None:
+    layer = OrientedConv1d(64, 31).cuda()
+    x = torch.randn(8, 64, 28, 28, device="cuda")
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = layer(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, layer(x))
+
+
+@pytest.mark.gpu
+def test_reduce_overhead() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 1), OrientedConv1d(64, 31), torch.nn.GELU()).cuda()
+    compiled = torch.compile(network, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(4, 3, 28, 28, device="cuda")
+        fast, eager = compiled(x), network(x)
+        assert relative_error(fast, eager) < 1e-5
+        ours = torch.autograd.grad(fast.square().sum(), list(network.parameters()))
+        theirs = torch.autograd.grad(eager.square().sum(), list(network.parameters()))
+        assert max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    layer = OrientedConv1d(64, 31).cuda()
+    x = torch.randn(2, 64, 28, 28, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    layer.double()
+    z = layer(x.detach().to(dtype).double())
+    assert relative_error(y, z) < 2 * TOLERANCE[dtype]
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_more_than_two_to_the_31_numbers(fmt: str) -> None:
+    images = 2**31 // (64 * 112 * 112) + 2
+    x = torch.empty(images, 64, 112, 112, device="cuda", dtype=torch.bfloat16, memory_format=FORMATS[fmt])
+    x.normal_()
+    assert x.numel() > 2**31
+    w = torch.randn(64, 7, device="cuda").bfloat16()
+    layer = geometry.layer_taps(geometry.directions(geometry.layer_angles(64)), 7)
+    y = oriented_conv1d(x, w, layer.directions)
+    expected = portable.forward(x[-1:].double().contiguous(), w.double(), None, layer, 1, False)
+    assert relative_error(y[-1:], expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_what_the_kernels_do_not_run_takes_the_portable_path() -> None:
+    x, w = torch.randn(1, 8, 20, 20, device="cuda"), torch.randn(8, 7, device="cuda")
+    with pytest.warns(UserWarning, match="no CUDA kernels for a stride over 3"):
+        y = oriented_conv1d(x, w, geometry.layer_angles(8), stride=4)
+    with use_backend("portable"):
+        assert torch.equal(y, oriented_conv1d(x, w, geometry.layer_angles(8), stride=4))
+    with use_backend("cuda"), pytest.raises(RuntimeError, match=r"cannot run torch\.float64"):
+        oriented_conv1d(x.double(), w.double(), geometry.layer_angles(8))
+
+
+@pytest.mark.gpu
+def test_processes_share_the_cache(tmp_path) -> None:
+    script = (
+        "import torch, oriented1d\n"
+        "x = torch.ones(1, 8, 9, 9, device='cuda')\n"
+        "y = oriented1d.oriented_conv1d(x, torch.ones(8, 5, device='cuda'), [0.7] * 8)\n"
+        "print(y.sum().item())\n"
+    )
+    environment = {**os.environ, "ORIENTED1D_CACHE": str(tmp_path)}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    sums = [run.communicate(timeout=300)[0] for run in runs]
+    assert all(run.returncode == 0 for run in runs)
+    assert len(set(sums)) == 1
+    assert float(sums[0]) > 0
