@@ -40,12 +40,11 @@ def _kernels() -> ModuleType:
 
 @functools.cache
 def available() -> bool:
-    """Whether numba can be imported."""
+    """Whether numba can be imported and compiles."""
     try:
-        _kernels()
+        return _kernels().COMPILES
     except ImportError:
         return False
-    return True
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, taps: LayerTaps, stride: int, residual: bool) -> Tensor:
@@ -164,6 +163,8 @@ def _plan(
     band_rows = -(-band_rows // tile_h) * tile_h
     bands = -(-grid_h // band_rows)
     low, high = min(run[1] for run in runs), max(run[2] for run in runs)
+    if bands == 1:  # a tile reads at most this far outside the image; its other taps touch nothing
+        low, high = max(low, 1 - tile_h), min(high, grid_h - band_rows + tile_h - 1)
     margin = min(max(abs(shift[:, 1]).max() for shift in shifts), tile_w - 1)
     pitch = (grid_w + margin) * lanes
     plane = (band_rows + high - low) * pitch + (2 * margin + tile_w) * lanes
@@ -178,13 +179,13 @@ def _plan(
     tiles = np.zeros((len(runs), bands, target_phases.shape[1], len(columns), band_rows // tile_h, 4), np.int64)
     tiles[..., 0] = rows[: band_rows // tile_h]
     tiles[..., 1] = columns[:, None]
-    for run, (shift, ranges) in enumerate(zip(shifts, targets, strict=True)):
+    for index, (shift, ranges) in enumerate(zip(shifts, targets, strict=True)):
         for target, (first, last) in enumerate(ranges[:, 2:]):
             top, bottom = _touching(rows, tile_h, shift[first:last, 0], grid_h)
             left, right = _touching(columns, tile_w, shift[first:last, 1], grid_w)
             top, bottom = top.reshape(bands, 1, -1), bottom.reshape(bands, 1, -1)
-            tiles[run, :, target, ..., 2] = first + np.maximum(top, left[:, None])
-            tiles[run, :, target, ..., 3] = first + np.minimum(bottom, right[:, None])
+            tiles[index, :, target, ..., 2] = first + np.maximum(top, left[:, None])
+            tiles[index, :, target, ..., 3] = first + np.minimum(bottom, right[:, None])
 
     steps = (1, stride) if reverse else (stride, 1)
     return kernels.Plan(
@@ -201,7 +202,7 @@ def _plan(
 
 
 def _touching(starts: np.ndarray, length: int, shifts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For tiles of ``length`` pixels: the range of taps that reach the ``size`` pixels of an image from some of them."""
+    """For tiles of ``length`` pixels: the range of taps that reach one of an image's ``size`` pixels from there."""
     touching = (starts[:, None] + shifts < size) & (starts[:, None] + shifts > -length)
     first = touching.argmax(1)
     return first, np.where(touching.any(1), len(shifts) - touching[:, ::-1].argmax(1), first)
@@ -231,10 +232,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _run(name: str, arguments: tuple[Any, ...], images: int, work: int, dtype: torch.dtype) -> None:
     """Run all units of a kernel, on as many threads as PyTorch uses. ``work``: multiply-adds."""
-    import numba
-
     kernels, plan = _kernels(), arguments[-1]
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    threads = min(torch.get_num_threads(), kernels.MAX_THREADS)
     # OpenMP's threads do not survive a fork: a child that waits for them would wait for ever.
     serial = threads == 1 or work < _SERIAL_WORK or _forked
     units = images * plan.bands * len(plan.blocks)
@@ -245,7 +244,7 @@ def _run(name: str, arguments: tuple[Any, ...], images: int, work: int, dtype: t
         return
     with _one_at_a_time:
         torch_threads = torch.get_num_threads()
-        numba.set_num_threads(threads)  # the first call starts numba's threads, which changes OpenMP's number
+        kernels.set_threads(threads)  # the first call starts numba's threads, which changes OpenMP's number
         if torch.get_num_threads() != torch_threads:
             torch.set_num_threads(torch_threads)
         getattr(kernels, f"{name}_parallel")(*arguments, units, workspaces)
@@ -255,7 +254,7 @@ _kept = threading.local()
 
 
 def _workspaces(threads: int, elements: int, dtype: torch.dtype) -> np.ndarray:
-    """Memory for the loops, kept for the next call: pages fresh from the system cost more than the work done in them."""
+    """Memory for the loops, kept for the next call: fresh pages cost more than the work that is done in them."""
     size = threads * elements * dtype.itemsize
     if getattr(_kept, "memory", None) is None or _kept.memory.numel() < size:
         _kept.memory = torch.empty(size, dtype=torch.uint8)  # PyTorch's memory starts on a cache line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,19 @@ from oriented1d.training.command import Command
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "classification" / "quickstart.yaml"
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """The configuration sets the number of threads, for this process too."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 def test_quickstart_reaches_its_accuracy_and_its_checkpoint_does_too(tmp_path):
     assert main(["fit", "--config", str(CONFIG), f"--trainer.default_root_dir={tmp_path}"]) == 0
     run = tmp_path / "version_0"
+    assert torch.get_num_threads() == 1
     picture = (run / "kernels.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(picture) > 10_000
