@@ -111,9 +111,9 @@ def measure(functions: dict[str, Callable[[int], object]], device: torch.device,
     if device.type != "cuda":
         for i in range(runs):
             for name, function in functions.items():
-                start = time.perf_counter()
+                began = time.perf_counter()
                 function(i)
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((time.perf_counter() - began) * 1e3)
         return times
     for i in range(runs):
         torch.cuda.synchronize(device)
