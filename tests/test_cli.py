@@ -90,6 +90,7 @@ def test_commands_of_the_analysis_get_their_arguments(monkeypatch, command):
         (["--model.lr=fast"], "Parser key \"lr\": Expected a <class 'float'>. Got value: fast"),
         (["--model.ema_decay=high"], "Parser key \"ema_decay\": Expected a <class 'float'>. Given value: high"),
         (["--trainer.max_epochs=x"], "Parser key \"trainer.max_epochs\": Expected a <class 'int'>. Given value: x"),
+        (["--threads=0"], 'Parser key "threads": Not of type PositiveInt'),
         (["--model.network=convnext_tinny_1d"], "model.network: cannot make convnext_tinny_1d with {"),
         (["--model.network_args.wide=2"], "'wide': 2}: "),
         (["--model.num_classes=4"], "model.num_classes: expected 3, the number of classes of the data, got 4"),

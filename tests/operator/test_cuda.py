@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 
 from oriented1d import OrientedConv1d, geometry, oriented_conv1d, use_backend
@@ -176,6 +177,36 @@ def test_other_stream() -> None:
     torch.cuda.current_stream().wait_stream(stream)
     bias = layer.bias.detach()[:, None, None]
     assert relative_error(y - bias, 2 * (expected.detach() - bias)) < 1e-6
+
+
+@pytest.mark.gpu
+def test_first_use_in_a_thread_of_autograd() -> None:
+    """The threads of autograd start without a CUDA context of their own."""
+    script = (
+        "import torch, oriented1d\n"
+        "x = torch.ones(2, 8, 20, 20, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "w = torch.ones(8, 7, device='cuda', dtype=torch.bfloat16, requires_grad=True)\n"
+        "y = oriented1d.oriented_conv1d(x, w, [0.3] * 8, stride=2)\n"
+        "print([g.float().sum().item() for g in torch.autograd.grad(y, (x, w), torch.ones_like(y))])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    sums = [float(part) for part in run.stdout.strip("[]\n").split(",")]
+    assert sums[0] == pytest.approx(sums[1], rel=0.02)
+    assert sums[0] > 1000
+
+
+@pytest.mark.gpu
+def test_network_trains_as_on_the_cpu() -> None:
+    model = timm.create_model("convnext_atto_1dpp", num_classes=10, depths=(1, 1, 2, 1), layer_scale_init_value=0.5)
+    x = torch.randn(4, 3, 64, 64)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        loss = (model(x.to(device)) * torch.arange(10, device=device)).sum()
+        gradients.append([g.cpu() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        assert relative_error(ours, theirs) < 2e-3  # convolutions of cuDNN and matrix products may use TF32
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,18 +135,19 @@ class _Launch:
     grid: tuple[int, int, int]
     threads: int
     shared: int  # bytes
-    table: Tensor  # (rows, 3) int32: program, first channel, number of channels
+    table: compiler.DeviceArray  # (rows, 3) int32: program, first channel, number of channels
+    rows: int
     per_program: int  # rows of a program in the table
     sizes: tuple[int, ...]  # N, C, H and W of the input and of the output, images of a block
     granule: int  # bytes of an asynchronous copy
     partial: tuple[int, int, int]  # shape of the blocks' parts of a weight gradient
 
     def __post_init__(self) -> None:
-        rows, channels = self.table.shape[0], self.sizes[1]
+        rows, channels, table = self.rows, self.sizes[1], int(self.table.pointer)
         self._config = compiler.config(self.grid, self.threads, self.shared)
-        self._constants = (self.table.data_ptr(), rows, self.per_program, *self.sizes, self.granule)
+        self._constants = (table, rows, self.per_program, *self.sizes, self.granule)
         self._reduce_config = compiler.config((rows, 4, 1), 256, 0)
-        self._reduce_constants = (self.table.data_ptr(), channels, self.partial[0])
+        self._reduce_constants = (table, channels, self.partial[0])
 
     def run(self, *pointers: int, after: tuple[int, ...] = ()) -> None:
         self.code.launch("run", self._config, *pointers, *self._constants, *after)
@@ -269,7 +271,8 @@ def _launches(
                 (rows * groups, splits, 1),
                 threads,
                 shared,
-                torch.tensor(table, dtype=torch.int32).to(device),
+                compiler.DeviceArray(np.array(table, dtype=np.int32), device),
+                rows,
                 per_program,
                 (n, c, hi, wi, ho, wo, images),
                 granule,

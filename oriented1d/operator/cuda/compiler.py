@@ -9,6 +9,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from oriented1d.operator.cuda import source
@@ -66,7 +67,36 @@ class Compiled:
                 raise RuntimeError(f"{name}: cannot have {shared} bytes of shared memory ({error})")
 
     def launch(self, name: str, config: LaunchConfig, *arguments: int) -> None:
+        """Launch on the current stream of the current device."""
+        _bind(torch.cuda.current_device())
         launch(_stream(torch.cuda.current_stream().cuda_stream), config, self.kernels[name], *arguments)
+
+
+class _Bound(threading.local):
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_bound = _Bound()
+
+
+def _bind(device: int) -> None:
+    # The threads of autograd have a current device, but nothing may have made its context current in them yet.
+    if device not in _bound.devices:
+        Device(device).set_current()
+        _bound.devices.add(device)
+
+
+class DeviceArray:
+    """Numbers on a device, outside of PyTorch's memory: that of a CUDA graph being recorded must not hold them."""
+
+    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+        _bind(device.index)
+        error, self.pointer = driver.cuMemAlloc(array.nbytes)
+        if error == driver.CUresult.CUDA_SUCCESS:
+            (error,) = driver.cuMemcpyHtoD(self.pointer, array.ctypes.data, array.nbytes)
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cannot copy {array.nbytes} bytes to {device} ({error})")
 
 
 @functools.lru_cache(maxsize=1024)
