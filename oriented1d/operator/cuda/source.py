@@ -139,10 +139,6 @@ __device__ __forceinline__ T from_float(float v) { return to_half(v); }
 }
 
 _VECTOR = {
-    ("float", 2): r"""
-__device__ __forceinline__ F load(const T* p) { const float2 v = *(const float2*)p; return {v.x, v.y}; }
-__device__ __forceinline__ void store(T* p, F v) { *(float2*)p = make_float2(v.x, v.y); }
-""",
     ("bf16", 2): r"""
 __device__ __forceinline__ F load(const T* p) { const u32 v = *(const u32*)p; return {bf16_low(v), bf16_high(v)}; }
 __device__ __forceinline__ void store(T* p, F v) { *(u32*)p = to_bf16x2(v.x, v.y); }
