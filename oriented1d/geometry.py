@@ -75,14 +75,21 @@ class Directions:
     Attributes:
         angles: one angle a run, radians (exact float32 values).
         counts: number of channels of each run; they add up to the channels of the layer.
+        channels: number of channels of the layer.
     """
 
     angles: tuple[float, ...]
     counts: tuple[int, ...]
+    channels: int = dataclasses.field(init=False, repr=False, compare=False)
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
-    @property
-    def channels(self) -> int:
-        return sum(self.counts)
+    def __post_init__(self) -> None:
+        # Kept: every call of a layer looks its taps up, and a layer may have as many runs as channels.
+        object.__setattr__(self, "channels", sum(self.counts))
+        object.__setattr__(self, "_hash", hash((self.angles, self.counts)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def per_channel(self) -> Tensor:
         """The angles as a float32 tensor ``(C,)`` on the CPU."""

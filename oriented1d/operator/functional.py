@@ -53,23 +53,26 @@ def oriented_conv1d(
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if input.dtype not in DTYPES:
         raise TypeError(f"input: expected float32, bfloat16, float16 or float64, got {input.dtype}")
-    if input.dim() != 4:
-        raise ValueError(f"input: expected shape (N, C, H, W), got {tuple(input.shape)}")
-    channels = input.shape[1]
-    if not (weight.dim() == 2 or (weight.dim() == 4 and weight.shape[1] == 1 and weight.shape[2] == 1)):
-        raise ValueError(f"weight: expected shape (C, K) or (C, 1, 1, K), got {tuple(weight.shape)}")
-    if weight.shape[0] != channels:
-        raise ValueError(f"weight: expected {channels} channels, those of the input, got {weight.shape[0]}")
-    if weight.shape[-1] % 2 == 0:
-        raise ValueError(f"weight: expected an odd kernel size K, got {weight.shape[-1]}")
-    if channels == 0 or input.shape[2] == 0 or input.shape[3] == 0:
-        raise ValueError(f"input: expected at least one channel and one pixel, got shape {tuple(input.shape)}")
+    size, kernel = input.shape, weight.shape
+    if len(size) != 4:
+        raise ValueError(f"input: expected shape (N, C, H, W), got {tuple(size)}")
+    _, channels, height, width = size
+    if not (len(kernel) == 2 or (len(kernel) == 4 and kernel[1] == 1 and kernel[2] == 1)):
+        raise ValueError(f"weight: expected shape (C, K) or (C, 1, 1, K), got {tuple(kernel)}")
+    if kernel[0] != channels:
+        raise ValueError(f"weight: expected {channels} channels, those of the input, got {kernel[0]}")
+    if kernel[-1] % 2 == 0:
+        raise ValueError(f"weight: expected an odd kernel size K, got {kernel[-1]}")
+    if channels == 0 or height == 0 or width == 0:
+        raise ValueError(f"input: expected at least one channel and one pixel, got shape {tuple(size)}")
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias: expected shape ({channels},), got {tuple(bias.shape)}")
     if isinstance(stride, bool) or not isinstance(stride, int | torch.SymInt):
         raise TypeError(f"stride: expected an int, got {type(stride).__name__}")
     if stride < 1:
         raise ValueError(f"stride: expected at least 1, got {stride}")
+    if not isinstance(residual, bool):
+        raise TypeError(f"residual: expected a bool, got {type(residual).__name__}")
     device = input.device
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
@@ -82,13 +85,11 @@ def oriented_conv1d(
     if isinstance(angles, Tensor) and torch.compiler.is_compiling():
         if angles.shape != (channels,):
             raise ValueError(f"angles: expected shape ({channels},), got {tuple(angles.shape)}")
-        theta, values, counts = angles, (), ()
-    else:
-        layer = angles if isinstance(angles, geometry.Directions) else geometry.directions(angles)
-        if layer.channels != channels:
-            raise ValueError(f"angles: expected one for each of the {channels} channels, got {layer.channels}")
-        theta, values, counts = None, layer.angles, layer.counts  # type: ignore[assignment]
-    return library._conv(input, weight, bias, theta, values, counts, stride, residual)
+        return library._conv(input, weight, bias, angles, (), (), stride, residual)
+    layer = angles if isinstance(angles, geometry.Directions) else geometry.directions(angles)
+    if layer.channels != channels:
+        raise ValueError(f"angles: expected one for each of the {channels} channels, got {layer.channels}")
+    return library.conv(input, weight, bias, layer, stride, residual)
 
 
 def _autocast(device_type: str) -> bool:

@@ -9,6 +9,11 @@ in its tensors, and the derivative of each is made of the other two, so derivati
 
 Angles reach them in one of two ways: as ``directions`` (the runs of :class:`oriented1d.geometry.Directions`: constants
 of a compiled or exported graph), or as the tensor ``theta``, which is read on the host when the operator runs.
+
+A call takes one of two roads. PyTorch's dispatcher is open to everything, but takes several times as long on the host
+as the launch of a kernel. Where only autograd and autocast would act on the way (:func:`_is_plain`), :func:`conv` and,
+in its backward pass, :func:`grad_input` and :func:`grad_weight` call the backend themselves. All else is the same on
+both roads: :func:`_run_conv` and its like choose the backend, and :func:`_gradients` makes the derivatives.
 """
 
 from __future__ import annotations
@@ -16,12 +21,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _has_storage,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import profiler
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from oriented1d import geometry
@@ -78,10 +92,10 @@ def backend_for(tensor: Tensor, taps: geometry.LayerTaps, stride: int) -> Module
     if _forced == "portable":
         return portable
     reason = None
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         if tensor.dtype in cpu.DTYPES and cpu.available():
             return cpu
-    elif tensor.device.type == "cuda":
+    elif tensor.is_cuda:
         from oriented1d.operator import cuda
 
         reason = cuda.unsupported(tensor, taps, stride)
@@ -101,10 +115,36 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"oriented1d: no CUDA kernels for {reason}: using plain PyTorch, which is slower", stacklevel=2)
 
 
-def _layer(theta: Tensor | None, angles: list[float], counts: list[int], kernel_size: int) -> geometry.LayerTaps:
-    if theta is not None:
-        return geometry.layer_taps(geometry.directions(theta), kernel_size)
-    return geometry.layer_taps(geometry.Directions(tuple(angles), tuple(counts)), kernel_size)
+def _run_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, layer: geometry.Directions, stride: int, residual: bool
+) -> Tensor:
+    taps = geometry.layer_taps(layer, weight.shape[-1])
+    _check(input, weight, "weight", taps)
+    return backend_for(input, taps, stride).forward(input, _matrix(weight), bias, taps, stride, residual)
+
+
+def _run_grad_input(
+    grad_output: Tensor,
+    weight: Tensor,
+    layer: geometry.Directions,
+    height: int,
+    width: int,
+    stride: int,
+    residual: bool,
+    channels_last: bool,
+) -> Tensor:
+    taps = geometry.layer_taps(layer, weight.shape[-1])
+    _check(grad_output, weight, "weight", taps)
+    backend = backend_for(grad_output, taps, stride)
+    return backend.grad_input(grad_output, _matrix(weight), taps, height, width, stride, residual, channels_last)
+
+
+def _run_grad_weight(
+    grad_output: Tensor, input: Tensor, layer: geometry.Directions, kernel_size: int, stride: int, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    taps = geometry.layer_taps(layer, kernel_size)
+    _check(grad_output, input, "input", taps)
+    return backend_for(input, taps, stride).grad_weight(grad_output, input, taps, stride, with_bias)
 
 
 def _check(first: Tensor, second: Tensor, name: str, taps: geometry.LayerTaps) -> None:
@@ -115,57 +155,30 @@ def _check(first: Tensor, second: Tensor, name: str, taps: geometry.LayerTaps) -
         raise ValueError(f"angles: expected one for each of the {first.shape[1]} channels, got {taps.channels}")
 
 
+def _matrix(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 2 else weight.reshape(weight.shape[0], -1)
+
+
+# What the dispatcher runs --------------------------------------------------------------------------------------------
+
+
+def _layer(theta: Tensor | None, angles: list[float], counts: list[int]) -> geometry.Directions:
+    return geometry.Directions(tuple(angles), tuple(counts)) if theta is None else geometry.directions(theta)
+
+
 @torch.library.impl(_library, "oriented_conv1d", "CompositeExplicitAutograd")
-def _run_conv(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    theta: Tensor | None,
-    angles: list[float],
-    counts: list[int],
-    stride: int,
-    residual: bool,
-) -> Tensor:
-    taps = _layer(theta, angles, counts, weight.shape[-1])
-    _check(input, weight, "weight", taps)
-    weight = weight.reshape(weight.shape[0], -1)
-    return backend_for(input, taps, stride).forward(input, weight, bias, taps, stride, residual)
+def _impl_conv(input, weight, bias, theta, angles, counts, stride, residual):
+    return _run_conv(input, weight, bias, _layer(theta, angles, counts), stride, residual)
 
 
 @torch.library.impl(_library, "oriented_conv1d_grad_input", "CompositeExplicitAutograd")
-def _run_grad_input(
-    grad_output: Tensor,
-    weight: Tensor,
-    theta: Tensor | None,
-    angles: list[float],
-    counts: list[int],
-    height: int,
-    width: int,
-    stride: int,
-    residual: bool,
-    channels_last: bool,
-) -> Tensor:
-    taps = _layer(theta, angles, counts, weight.shape[-1])
-    _check(grad_output, weight, "weight", taps)
-    weight = weight.reshape(weight.shape[0], -1)
-    backend = backend_for(grad_output, taps, stride)
-    return backend.grad_input(grad_output, weight, taps, height, width, stride, residual, channels_last)
+def _impl_grad_input(grad_output, weight, theta, angles, counts, *rest):
+    return _run_grad_input(grad_output, weight, _layer(theta, angles, counts), *rest)
 
 
 @torch.library.impl(_library, "oriented_conv1d_grad_weight", "CompositeExplicitAutograd")
-def _run_grad_weight(
-    grad_output: Tensor,
-    input: Tensor,
-    theta: Tensor | None,
-    angles: list[float],
-    counts: list[int],
-    kernel_size: int,
-    stride: int,
-    with_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    taps = _layer(theta, angles, counts, kernel_size)
-    _check(grad_output, input, "input", taps)
-    return backend_for(input, taps, stride).grad_weight(grad_output, input, taps, stride, with_bias)
+def _impl_grad_weight(grad_output, input, theta, angles, counts, *rest):
+    return _run_grad_weight(grad_output, input, _layer(theta, angles, counts), *rest)
 
 
 # Shapes and strides --------------------------------------------------------------------------------------------------
@@ -195,29 +208,47 @@ def _fake_grad_weight(grad_output, input, theta, angles, counts, kernel_size, st
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
-def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, theta, ctx.angles, ctx.counts, ctx.stride, ctx.residual = inputs
+def _keep(
+    ctx: Any,
+    input: Tensor,
+    weight: Tensor,
+    theta: Tensor | None,
+    layer: geometry.Directions,
+    stride: int,
+    residual: bool,
+) -> None:
     input_needed, weight_needed = ctx.needs_input_grad[:2]
     ctx.save_for_backward(input if weight_needed else None, weight if input_needed else None, theta)
-    ctx.height, ctx.width = input.shape[2:]
-    ctx.channels_last = channels_last(input)
-    ctx.weight_shape = weight.shape
+    ctx.input_shape, ctx.channels_last, ctx.weight_shape = input.shape, channels_last(input), weight.shape
+    ctx.layer, ctx.stride, ctx.residual = layer, stride, residual
 
 
-def _conv_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of input, weight and bias, on either road."""
     input, weight, theta = ctx.saved_tensors
-    layer = (theta, ctx.angles, ctx.counts)
     input_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
     of_input = of_weight = of_bias = None
     if input_needed:
-        size = (ctx.height, ctx.width)
-        of_input = _grad_input(grad_output, weight, *layer, *size, ctx.stride, ctx.residual, ctx.channels_last)
+        size = ctx.input_shape[2:]
+        how = ctx.stride, ctx.residual, ctx.channels_last
+        of_input = grad_input(grad_output, weight, theta, ctx.layer, *size, *how)
     if weight_needed:
-        of_weight, of_bias = _grad_weight(grad_output, input, *layer, ctx.weight_shape[-1], ctx.stride, bias_needed)
-        of_weight = of_weight.reshape(ctx.weight_shape)
+        kernel_size = ctx.weight_shape[-1]
+        of_weight, of_bias = grad_weight(grad_output, input, theta, ctx.layer, kernel_size, ctx.stride, bias_needed)
+        if len(ctx.weight_shape) != 2:
+            of_weight = of_weight.reshape(ctx.weight_shape)
     elif bias_needed:
         of_bias = grad_output.sum((0, 2, 3))
-    return of_input, of_weight, of_bias if bias_needed else None, None, None, None, None, None
+    return of_input, of_weight, of_bias if bias_needed else None
+
+
+def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, _, theta, angles, counts, stride, residual = inputs
+    _keep(ctx, input, weight, theta, geometry.Directions(tuple(angles), tuple(counts)), stride, residual)
+
+
+def _conv_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, grad_output), *([None] * 5)
 
 
 def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -265,24 +296,106 @@ for _name, _backward, _save in (
 # Autocast ------------------------------------------------------------------------------------------------------------
 
 
-def _register_autocast(device_type: str, key: str) -> None:
+def _in_low_precision(call: Callable[..., Tensor], device_type: str, *arguments: Any) -> Tensor:
     """Compute in the low precision that is in force, as convolutions do (sums are float32 in every backend)."""
+    dtype = torch.get_autocast_dtype(device_type)
 
-    def low(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def low(tensor: Tensor | None) -> Tensor | None:
         eligible = tensor is not None and tensor.device.type == device_type and tensor.dtype != torch.float64
         return tensor.to(dtype) if tensor is not None and eligible else tensor
 
-    def conv(input, weight, bias, theta, angles, counts, stride, residual):
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            input, weight, bias = low(input, dtype), low(weight, dtype), low(bias, dtype)
-            return _conv(input, weight, bias, theta, angles, counts, stride, residual)
-
-    _library.impl("oriented_conv1d", conv, key)
+    with torch.autocast(device_type, enabled=False):
+        return call(*map(low, arguments[:3]), *arguments[3:])
 
 
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
-    _register_autocast(_device_type, _key)
+    _library.impl("oriented_conv1d", functools.partial(_in_low_precision, _conv, _device_type), _key)
+
+
+# Calls ---------------------------------------------------------------------------------------------------------------
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher would do nothing with a call on these tensors but autograd's and autocast's part.
+
+    That is: no compiler, tracer, mode, transform or profiler has to see the operator, and the tensors are no subclass's
+    and are what their memory says.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+        or profiler._is_profiler_enabled
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (
+            (type(tensor) is Tensor or type(tensor) is Parameter)
+            and (tensor.is_cpu or tensor.is_cuda)
+            and _has_storage(tensor)
+            and not tensor.is_neg()
+            and not tensor._is_zerotensor()
+        ):
+            return False
+    return True
+
+
+def _is_recorded(first: Tensor, second: Tensor, third: Tensor | None = None) -> bool:
+    """Whether autograd records a call with these tensors."""
+    return torch.is_grad_enabled() and (
+        first.requires_grad or second.requires_grad or (third is not None and third.requires_grad)
+    )
+
+
+class _Conv(torch.autograd.Function):
+    """Autograd's part of a call that does not go through the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, layer, stride, residual):
+        _keep(ctx, input, weight, None, layer, stride, residual)
+        return _run_conv(input, weight, bias, layer, stride, residual)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *_gradients(ctx, grad_output), None, None, None
+
+
+# Function.apply takes half as long again, for the sake of the transforms of torch.func: a plain call has none.
+_record_conv = super(torch.autograd.Function, _Conv).apply
+
+
+def conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, layer: geometry.Directions, stride: int, residual: bool
+) -> Tensor:
+    """The convolution, on the shorter road where that is open."""
+    if not _is_plain(input, weight, bias):
+        return _conv(input, weight, bias, None, layer.angles, layer.counts, stride, residual)
+    device_type = "cuda" if input.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        return _in_low_precision(conv, device_type, input, weight, bias, layer, stride, residual)
+    if _is_recorded(input, weight, bias):
+        return _record_conv(input, weight, bias, layer, stride, residual)
+    return _run_conv(input, weight, bias, layer, stride, residual)
+
+
+def grad_input(
+    grad_output: Tensor, weight: Tensor, theta: Tensor | None, layer: geometry.Directions, *how: Any
+) -> Tensor:
+    """Gradient of the input. With ``theta``, or to be differentiated again, it is the dispatcher's."""
+    if theta is None and _is_plain(grad_output, weight) and not _is_recorded(grad_output, weight):
+        return _run_grad_input(grad_output, weight, layer, *how)
+    return _grad_input(grad_output, weight, theta, layer.angles, layer.counts, *how)
+
+
+def grad_weight(
+    grad_output: Tensor, input: Tensor, theta: Tensor | None, layer: geometry.Directions, *how: Any
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias. With ``theta``, or to be differentiated again, they are the dispatcher's."""
+    if theta is None and _is_plain(grad_output, input) and not _is_recorded(grad_output, input):
+        return _run_grad_weight(grad_output, input, layer, *how)
+    return _grad_weight(grad_output, input, theta, layer.angles, layer.counts, *how)
 
 
 # FLOPs ---------------------------------------------------------------------------------------------------------------

@@ -117,9 +117,16 @@ def test_empty_batch() -> None:
 
 def test_outputs_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory full of NaN: whatever a backend forgets to write shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     for fmt in (torch.contiguous_format, torch.channels_last):
         for stride in (1, 2, 5):
             x, w = inputs((2, 8, 11, 7))
@@ -184,6 +191,7 @@ BAD = {
     "devices": (lambda x, w: (x, w.to("meta"), ANGLES), {}, ValueError, "weight: expected the device .*cpu, got meta"),
     "stride": (lambda x, w: (x, w, ANGLES), {"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
     "stride type": (lambda x, w: (x, w, ANGLES), {"stride": 1.5}, TypeError, "stride: expected an int, got float"),
+    "residual": (lambda x, w: (x, w, ANGLES), {"residual": 1}, TypeError, "residual: expected a bool, got int"),
     "stride pair": (lambda x, w: (x, w, ANGLES), {"stride": (1, 2)}, TypeError, "stride: expected an int, got tuple"),
 }
 

@@ -1,7 +1,16 @@
-"""The operators as PyTorch sees them: opcheck, derivatives, compile, export, autocast, FLOPs."""
+"""The operators as PyTorch sees them: opcheck, derivatives, compile, export, autocast, FLOPs; the roads of a call."""
+
+from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from oriented1d import OrientedConv1d, geometry, oriented_conv1d
@@ -145,3 +154,196 @@ def test_flops_count_two_for_a_multiply_add() -> None:
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * forward
+
+
+# The two roads of a call ---------------------------------------------------------------------------------------------
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+OPERATORS = ("_conv", "_grad_input", "_grad_weight")
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the operators that went through the dispatcher from the functions that choose the road."""
+    names: list[str] = []
+
+    def watched(name: str, operator):
+        def call(*args):
+            names.append(name)
+            return operator(*args)
+
+        return call
+
+    for name in OPERATORS:
+        monkeypatch.setattr(library, name, watched(name, getattr(library, name)))
+    return names
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("stride", "residual", "bias"), [(1, False, True), (1, True, False), (2, True, True)])
+def test_both_roads_give_the_same(
+    device: str, autocast: bool, fmt: torch.memory_format, stride: int, residual: bool, bias: bool,
+    dispatched: list[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    x = torch.randn(2, 8, 9, 11, device=device).to(memory_format=fmt)
+    tensors = [x, torch.randn(8, 1, 1, 7, device=device), *([torch.randn(8, device=device)] if bias else [])]
+    results, seen = [], []
+    for plain in (library._is_plain, lambda *_: False):
+        monkeypatch.setattr(library, "_is_plain", plain)
+        dispatched.clear()
+        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+
+        def run(leaves: list[torch.Tensor] = leaves) -> torch.Tensor:
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                return oriented_conv1d(leaves[0], leaves[1], LAYER, *leaves[2:], stride=stride, residual=residual)
+
+        with torch.no_grad():
+            values = [run()]
+        y = run()
+        first = torch.autograd.grad(y.float().sin().sum(), leaves)
+        seen.append(list(dispatched))
+        again = torch.autograd.grad(run().float().sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), leaves)
+        results.append([*values, y, *first, *again, *second])
+    assert seen == [[], ["_conv", "_conv", "_grad_input", "_grad_weight"]]
+    for short, long in zip(*results, strict=True):
+        assert torch.equal(short, long)
+        assert short.stride() == long.stride()
+        assert (short.dtype, short.requires_grad) == (long.dtype, long.requires_grad)
+        assert short.abs().sum() > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param(lambda device: contextlib.nullcontext(), id="grad"),
+        pytest.param(lambda device: torch.no_grad(), id="no_grad"),
+        pytest.param(lambda device: torch.inference_mode(), id="inference_mode"),
+        pytest.param(lambda device: torch.autocast(device, torch.bfloat16), id="autocast"),
+        pytest.param(lambda device: torch.autograd.graph.save_on_cpu(), id="save_on_cpu"),
+    ],
+)
+def test_plain_calls_take_the_shorter_road(device: str, context, dispatched: list[str]) -> None:
+    layer = OrientedConv1d(8, 7, residual=True).to(device)
+    x = torch.randn(2, 8, 9, 11, device=device, requires_grad=True)
+    expected = reference.oriented_conv1d(x, layer.weight, layer.theta, layer.bias, residual=True)
+    with context(device):
+        y = layer(x)
+        recorded = torch.is_grad_enabled()
+    assert relative_error(y, expected) < (1e-2 if y.dtype == torch.bfloat16 else 1e-6)
+    assert y.requires_grad == recorded
+    if recorded:
+        y.square().sum().backward()
+        assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (x, layer.weight, layer.bias))
+    assert dispatched == []
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _under(mode):
+    def run(f, x):
+        with mode:
+            return f(x)
+
+    return run
+
+
+def _dead_wrapper(f, x):
+    kept = []
+    torch.func.grad(lambda t: (kept.append(t * 1), t.sum())[1])(x)
+    return f(kept[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(_under(Recorder()), id="dispatch mode"),
+        pytest.param(_under(BaseTorchFunctionMode()), id="function mode"),
+        pytest.param(_under(torch.device("cpu")), id="default device"),
+        pytest.param(_under(FlopCounterMode(display=False)), id="FLOP counter"),
+        pytest.param(_under(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])), id="profiler"),
+        pytest.param(lambda f, x: torch.func.vmap(f)(x[None])[0], id="vmap"),
+        pytest.param(lambda f, x: torch.func.functionalize(f)(x), id="functionalize"),
+        pytest.param(lambda f, x: make_fx(f)(x)(x), id="make_fx"),
+        pytest.param(lambda f, x: make_fx(f, pre_dispatch=True)(x)(x), id="make_fx before dispatch"),
+        pytest.param(lambda f, x: torch.jit.trace(f, x, check_trace=False)(x), id="jit.trace"),
+        pytest.param(lambda f, x: f(x.as_subclass(Subclass)).as_subclass(torch.Tensor), id="subclass"),
+        pytest.param(lambda f, x: f(torch.complex(x, -x).conj().imag), id="negated"),
+        pytest.param(lambda f, x: f(torch._efficientzerotensor(x.shape)) + f(x) - f(x * 0), id="zero tensor"),
+        pytest.param(_dead_wrapper, id="left over from torch.func"),
+    ],
+)
+def test_what_must_see_the_operator_sees_it(call, dispatched: list[str]) -> None:
+    x, w = torch.randn(2, 8, 9, 11), torch.randn(8, 7)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return oriented_conv1d(x, w, LAYER)
+
+    expected = run(x)
+    assert dispatched == []
+    assert relative_error(call(run, x), expected) < 1e-6
+    assert dispatched == ["_conv"]
+
+
+def test_a_mode_sees_all_three_operators(dispatched: list[str]) -> None:
+    x, w = torch.randn(2, 8, 9, 11, requires_grad=True), torch.randn(8, 7, requires_grad=True)
+    y = oriented_conv1d(x, w, LAYER)  # backward calls of the shorter road too
+    with Recorder() as recorder:
+        oriented_conv1d(x, w, LAYER)
+        y.sum().backward()
+    names = [name.removeprefix("oriented1d.").removesuffix(".default") for name in recorder.names if "oriented" in name]
+    assert names == ["oriented_conv1d", "oriented_conv1d_grad_input", "oriented_conv1d_grad_weight"]
+    assert dispatched == list(OPERATORS)
+
+
+def test_fake_tensors(dispatched: list[str]) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 9, 11, requires_grad=True)
+        y = oriented_conv1d(x, torch.empty(8, 7), LAYER, stride=2)
+        (g,) = torch.autograd.grad(y.sum(), x)
+    assert isinstance(y, FakeTensor)
+    assert isinstance(g, FakeTensor)
+    assert (y.shape, g.shape) == ((2, 8, 5, 6), x.shape)
+    assert dispatched == ["_conv", "_grad_input"]
+
+
+def test_checkpointed_call_keeps_and_repeats() -> None:
+    layer, x = OrientedConv1d(8, 7), torch.randn(2, 8, 9, 11, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    for reentrant in (False, True):
+        x.grad = None
+        checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+        assert x.grad is not None
+        assert torch.equal(x.grad, expected)
+    assert expected.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("needs", "kept"), [((1, 1), ["x", "w"]), ((1, 0), ["w"]), ((0, 1), ["x"])])
+def test_only_what_the_backward_pass_needs_is_kept(needs: tuple[int, int], kept: list[str]) -> None:
+    x, w = torch.randn(2, 8, 9, 11).requires_grad_(bool(needs[0])), torch.randn(8, 7).requires_grad_(bool(needs[1]))
+    names = {x.data_ptr(): "x", w.data_ptr(): "w"}
+    packed: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        packed.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        oriented_conv1d(x, w, LAYER)
+    assert [names[tensor.data_ptr()] for tensor in packed] == kept
