@@ -94,13 +94,15 @@ def check(x, w, angles, b=None, *, stride=1, residual=False, g=None) -> None:
 
 @pytest.fixture
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
+    def poisoned(make):
+        def call(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        return call
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 SIZES = [(1, 1), (5, 3), (7, 7), (13, 20), (14, 14), (28, 27), (56, 56), (61, 75), (3, 130)]

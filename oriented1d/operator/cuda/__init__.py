@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from oriented1d.geometry import LayerTaps
-from oriented1d.operator.cuda import compiler, source
+from oriented1d.operator.cuda import compiler, mma, source
 from oriented1d.operator.cuda.source import Spec
 from oriented1d.operator.layout import channels_last as is_channels_last
-from oriented1d.operator.layout import memory_format
+from oriented1d.operator.layout import memory_format, new_images
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 _ANGLES_PER_KERNEL = 8
@@ -28,7 +28,7 @@ _MOST_ANGLES = 64
 
 def unsupported(tensor: Tensor, taps: LayerTaps, stride: int) -> str | None:
     """Why these kernels cannot run a layer on tensors like this one; None if they can."""
-    if tensor.shape[1:].numel() >= 2**31:
+    if tensor.numel() >= 2**31 and tensor.shape[1:].numel() >= 2**31:
         return "images of 2**31 numbers or more"
     return _unsupported(tensor.dtype, tensor.device, taps, stride)
 
@@ -49,8 +49,7 @@ def _unsupported(dtype: torch.dtype, device: torch.device, taps: LayerTaps, stri
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, taps: LayerTaps, stride: int, residual: bool) -> Tensor:
     n, c, hi, wi = input.shape
     last = is_channels_last(input)
-    size = (n, c, -(-hi // stride), -(-wi // stride))
-    output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=memory_format(last))
+    output = new_images(input, (n, c, -(-hi // stride), -(-wi // stride)), last)
     _gather("gather", input, output, weight, bias, taps, stride, last, reverse=False, residual=residual)
     return output
 
@@ -65,11 +64,8 @@ def grad_input(
     residual: bool,
     channels_last: bool,
 ) -> Tensor:
-    n, c = grad_output.shape[:2]
-    layout = memory_format(channels_last)
-    result = torch.empty(
-        (n, c, height, width), dtype=grad_output.dtype, device=grad_output.device, memory_format=layout
-    )
+    n, c, _, _ = grad_output.shape
+    result = new_images(grad_output, (n, c, height, width), channels_last)
     # At stride 1 the taps are symmetric about the centre: the adjoint is the operator with the weights reversed.
     kind = "gather" if stride == 1 else "adjoint"
     _gather(kind, grad_output, result, weight, None, taps, stride, channels_last, stride == 1, residual)
@@ -87,9 +83,9 @@ def grad_weight(
         return result.zero_(), bias.zero_()
     x = input.contiguous(memory_format=memory_format(last))
     g = grad_output.contiguous(memory_format=memory_format(last))
-    with torch.cuda.device(x.device):
+    with compiler.current(x.device):
         for launch in _launches("weight", x.shape, g.shape, x.dtype, last, _alignment(x, g), x.device, taps, stride):
-            partial = torch.empty(launch.partial, dtype=torch.float32, device=x.device)
+            partial = x.new_empty(launch.partial, dtype=torch.float32)
             launch.run(x.data_ptr(), g.data_ptr(), partial.data_ptr())
             pointers = partial.data_ptr(), result.data_ptr(), bias.data_ptr() if with_bias else 0
             launch.reduce(*pointers)
@@ -113,7 +109,7 @@ def _gather(
     x = input.contiguous(memory_format=memory_format(last))
     w = weight.contiguous()
     b = bias.contiguous().data_ptr() if bias is not None else 0
-    with torch.cuda.device(x.device):
+    with compiler.current(x.device):
         alignment = _alignment(x, output)
         for launch in _launches(kind, x.shape, output.shape, x.dtype, last, alignment, x.device, taps, stride):
             launch.run(x.data_ptr(), output.data_ptr(), w.data_ptr(), b, after=(int(reverse), int(residual)))
@@ -135,19 +131,19 @@ class _Launch:
     grid: tuple[int, int, int]
     threads: int
     shared: int  # bytes
-    table: compiler.DeviceArray  # (rows, 3) int32: program, first channel, number of channels
+    table: compiler.DeviceArray  # int32, a row for each block or group of blocks
     rows: int
-    per_program: int  # rows of a program in the table
-    sizes: tuple[int, ...]  # N, C, H and W of the input and of the output, images of a block
-    granule: int  # bytes of an asynchronous copy
+    sizes: tuple[int, ...]  # what the kernel takes after the table
+    channels: int
     partial: tuple[int, int, int]  # shape of the blocks' parts of a weight gradient
+    parts: int  # of them, as the second stage takes it
 
     def __post_init__(self) -> None:
-        rows, channels, table = self.rows, self.sizes[1], int(self.table.pointer)
+        table = int(self.table.pointer)
         self._config = compiler.config(self.grid, self.threads, self.shared)
-        self._constants = (table, rows, self.per_program, *self.sizes, self.granule)
-        self._reduce_config = compiler.config((rows, 4, 1), 256, 0)
-        self._reduce_constants = (table, channels, self.partial[0])
+        self._constants = (table, *self.sizes)
+        self._reduce_config = compiler.config((self.rows, 4, 1), 256, 0)
+        self._reduce_constants = (table, self.channels, self.parts)
 
     def run(self, *pointers: int, after: tuple[int, ...] = ()) -> None:
         self.code.launch("run", self._config, *pointers, *self._constants, *after)
@@ -208,6 +204,72 @@ def _spec(
     return spec, shared
 
 
+def _table(
+    taps: LayerTaps, angles: tuple[float, ...], phases: int, most: int, vector: int
+) -> tuple[list[tuple[int, int, int]], int]:
+    """Rows of program, first channel and number of channels, ``most`` at most; and how many rows each program has."""
+    by_program: list[list[tuple[int, int, int]]] = [[] for _ in range(len(angles) * phases)]
+    for run in taps.runs:
+        if run.angle not in angles:
+            continue
+        channels = run.stop - run.start
+        each = -(-channels // -(-channels // most))
+        each = -(-each // vector) * vector
+        for start in range(run.start, run.stop, each):
+            count = min(each, run.stop - start)
+            for program in range(angles.index(run.angle) * phases, (angles.index(run.angle) + 1) * phases):
+                by_program[program].append((program, start, count))
+    # As many rows for every program; rows without channels have nothing to do.
+    per_program = max(map(len, by_program))
+    return [row for part in by_program for row in part + [(0, 0, 0)] * (per_program - len(part))], per_program
+
+
+def _mma_launch(
+    kind: str,
+    in_shape: torch.Size,
+    out_shape: torch.Size,
+    dtype: torch.dtype,
+    alignment: int,
+    device: torch.device,
+    taps: LayerTaps,
+    stride: int,
+    angles: tuple[float, ...],
+) -> _Launch | None:
+    """The layer on tensor cores; None where that kernel does not fit it."""
+    n, c, hi, wi = in_shape
+    ho, wo = out_shape[2:]
+    phases, so = (stride**2, stride) if kind == "adjoint" else (1, 1)
+    oh, ow = -(-ho // so), -(-wo // so)
+    table, _ = _table(taps, angles, phases, mma.CHANNELS, 4)
+    vector = _granule(taps, table, dtype.itemsize, alignment) // 2
+    processors, memory = compiler.limits(device)
+    if compiler.capability(device) < (8, 0):
+        return None
+    spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), (oh, ow), memory)
+    if spec is None:
+        return None
+    table, _ = _table(taps, angles, phases, mma.CHANNELS, vector)
+    if n * (max(hi, wi, oh, ow) + taps.kernel_size) >= 2**29:
+        return None
+    groups = [row for row in table if row[2]]
+    shares = mma.share(spec, groups, n, (hi, wi), (oh, ow), 2 * c * max(hi * wi, ho * wo), processors)
+    splits = max(row[4] for row in shares.rows)
+    launch = _Launch(
+        compiler.compile(spec, device),
+        (shares.strips, len(shares.rows), 1),
+        32 * max(count for _, _, count in groups),
+        spec.shared_bytes,
+        compiler.DeviceArray(np.array(shares.rows, dtype=np.int32), device),
+        len(shares.rows),
+        (n, c, hi, wi, ho, wo, int(shares.by_image)),
+        c,
+        (splits * shares.strips, c, max(len(program.fold) for program, _ in mma.programs(spec)) + 1),
+        shares.strips,
+    )
+    launch.code.reserve("run", spec.shared_bytes, device)
+    return launch
+
+
 @functools.lru_cache(maxsize=4096)
 def _launches(
     kind: str,
@@ -231,6 +293,11 @@ def _launches(
     result = []
     for first in range(0, len(distinct), _ANGLES_PER_KERNEL):
         angles = tuple(distinct[first : first + _ANGLES_PER_KERNEL])
+        if last and dtype.itemsize == 2:
+            launch = _mma_launch(kind, in_shape, out_shape, dtype, alignment, device, taps, stride, angles)
+            if launch is not None:
+                result.append(launch)
+                continue
         spec, shared = _spec(
             kind, last, dtype, taps.kernel_size, stride, angles, even, widest, max(oh, ow), max(hi, wi),
             memory,
@@ -240,20 +307,7 @@ def _launches(
             most = spec.block.channels
         else:
             most, threads, _ = source.planar_layout(spec)
-        by_program: list[list[tuple[int, int, int]]] = [[] for _ in programs]
-        for run in taps.runs:
-            if run.angle not in angles:
-                continue
-            channels = run.stop - run.start
-            each = -(-channels // -(-channels // most))
-            each = -(-each // spec.vector) * spec.vector
-            for start in range(run.start, run.stop, each):
-                count = min(each, run.stop - start)
-                for program in range(angles.index(run.angle) * phases, (angles.index(run.angle) + 1) * phases):
-                    by_program[program].append((program, start, count))
-        # As many rows for every program; rows without channels have nothing to do.
-        per_program = max(map(len, by_program))
-        table = [row for part in by_program for row in part + [(0, 0, 0)] * (per_program - len(part))]
+        table, per_program = _table(taps, angles, phases, most, spec.vector)
         rows = len(table)
         granule = 0
         if last:
@@ -273,10 +327,10 @@ def _launches(
                 shared,
                 compiler.DeviceArray(np.array(table, dtype=np.int32), device),
                 rows,
-                per_program,
-                (n, c, hi, wi, ho, wo, images),
-                granule,
+                (rows, per_program, n, c, hi, wi, ho, wo, images, granule),
+                c,
                 (splits * groups, c, max(len(program.fold) for program in programs) + 1),
+                splits * groups,
             )
         )
         result[-1].code.reserve("run", shared, device)

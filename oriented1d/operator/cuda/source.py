@@ -62,6 +62,16 @@ class Spec:
     length: int
     block: Blocks
 
+    @property
+    def text(self) -> str:
+        """The CUDA C++."""
+        return source(self)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of its kernels."""
+        return ("run", "reduce") if self.kind == "weight" else ("run",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -478,12 +488,16 @@ extern "C" __global__ void __launch_bounds__({spec.block.tiles * spec.block.chan
 {body}
     }}
 }}
-{_reduce(spec, most) if weight else ""}
+{reduce(spec) if weight else ""}
 """
 
 
-def _reduce(spec: Spec, most: int) -> str:
-    """Second stage of the weight gradient: sum the blocks' parts in a fixed order and hand each sum to its taps."""
+def reduce(spec: Spec, columns: int = 3, parts: str = "parts") -> str:
+    """Second stage of the weight gradient: sum the blocks' parts in a fixed order and hand each sum to its taps.
+
+    ``columns`` is the width of the table, and ``parts`` an expression of the number of parts that a row's channels have.
+    """
+    most = max(len(program.fold) for program in programs(spec))
     folds = []
     for program in programs(spec):
         of_tap = {t: d for d, taps in enumerate(program.fold) for t in taps}
@@ -494,13 +508,15 @@ extern "C" __global__ void reduce(
     const float* __restrict__ partial, T* __restrict__ gw, T* __restrict__ gb, const int* __restrict__ table,
     i64 C, i64 parts)
 {{
-    const int program = table[3 * blockIdx.x], c0 = table[3 * blockIdx.x + 1], count = table[3 * blockIdx.x + 2];
+    const int* const row = table + {columns} * blockIdx.x;
+    const int program = row[0], c0 = row[1], count = row[2], all = (int)({parts});
+    if (all < 0) return;
     for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < count * (K + 1); i += gridDim.y * blockDim.x) {{
         const int c = c0 + i / (K + 1), t = i % (K + 1);
         const float* p = partial + (i64)c * {most + 1} + fold[program][t];
         float total = 0.f;
         #pragma unroll 8
-        for (int s = 0; s < (int)parts; ++s) total += p[(i64)s * C * {most + 1}];
+        for (int s = 0; s < all; ++s) total += p[(i64)s * C * {most + 1}];
         if (t < K) gw[(i64)c * K + t] = from_float(total);
         else if (gb) gb[c] = from_float(total);
     }}
@@ -817,5 +833,5 @@ extern "C" __global__ void __launch_bounds__({threads}, {spec.block.resident}) r
 {body}
     }}
 }}
-{_reduce(spec, most) if weight else ""}
+{reduce(spec) if weight else ""}
 """

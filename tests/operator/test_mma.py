@@ -1,0 +1,190 @@
+"""The tensor core kernels: their matrices and their compilation anywhere, their results where there is a GPU."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from oriented1d import geometry, oriented_conv1d, use_backend
+from oriented1d.operator.cuda import mma
+from tests.operator.reference import relative_error
+
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+ANGLES = tuple(geometry.layer_angles(8).tolist())
+
+
+@pytest.mark.parametrize("angle", [*ANGLES, 0.2, 1.3, 2.9])
+@pytest.mark.parametrize("kernel_size", [1, 7, 31, 63])
+def test_products_with_the_bands_are_the_convolution(angle: float, kernel_size: int) -> None:
+    """Sixteen outputs of every line of a random image, through the frame, the blocks and the table of a kernel."""
+    spec = mma.Spec("gather", "bf16", 8, kernel_size, 1, (angle,), 1, 1, True)
+    ((program, band),) = mma.programs(spec)
+    rng = np.random.default_rng(0)
+    image, weight = rng.standard_normal((150, 150)), rng.standard_normal(kernel_size)
+    folded = [weight[list(taps)].sum() for taps in program.fold]
+    values = [*folded, 0.0, *([0.0] * len(folded))]  # no rounding errors: their part of the table adds nothing
+    table = np.array(mma._table(spec, program, band)).reshape(-1, 32, 4, 2)
+
+    def pixel(u: int, v: int) -> float:
+        return image[u, v] if band.steep else image[v, u]
+
+    def drift(u: int) -> int:
+        return (u * band.advance + band.phase) >> 4
+
+    origin = 64  # a multiple of 16, far from the borders
+    for line in (40, 61):
+        h = line - drift(origin)
+        result = np.zeros(16)
+        for product, pair in enumerate(mma.products(spec, program, band)):
+            left, right = np.zeros((16, 16)), np.zeros(16)
+            for lane, register, half in np.ndindex(32, 4, 2):
+                row, column = lane // 4 + 8 * (register % 2), 2 * (lane % 4) + half + 8 * (register // 2)
+                left[row, column] = values[table[product, lane, register, half]]
+            for half, (block, _) in enumerate(pair):
+                if block >= 0:
+                    e, k = band.blocks[block]
+                    us = origin + 8 * k + np.arange(8)
+                    right[8 * half : 8 * half + 8] = [pixel(u, h + e + drift(u)) for u in us]
+            result += left @ right
+        taps = geometry.kernel_taps(angle, kernel_size)
+        for i in range(16):
+            u, v = origin + i, h + drift(origin + i)
+            y, x = (u, v) if band.steep else (v, u)
+            expected = sum(w * image[y + dy, x + dx] for w, (dy, dx) in zip(weight, taps, strict=True))
+            assert result[i] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("angle", ANGLES)
+def test_weights_that_16_bits_do_not_hold_have_their_errors_in_the_table(angle: float) -> None:
+    spec = mma.Spec("gather", "bf16", 8, 31, 1, (angle,), 1, 1, True)
+    ((program, band),) = mma.programs(spec)
+    count = len(program.fold)
+    entries = np.array(mma._table(spec, program, band))
+    for d, taps in enumerate(program.fold):
+        assert (entries == d).sum() == 16  # once for each output
+        exact = len(taps) == 1 and 15 not in taps  # the centre takes the identity of a residual
+        # Blocks of errors hold those of all their weights: of exact ones they are zero.
+        assert exact or (entries == d + count + 1).sum() == 16
+
+
+@pytest.mark.parametrize(
+    ("images", "channels", "size", "by_image"),
+    [(64, 512, 56, False), (64, 96, 56, True), (2, 64, 100, False), (1, 16, 7, True)],
+)
+@pytest.mark.parametrize("kind", ["gather", "weight"])
+def test_blocks_share_all_the_work(kind: str, images: int, channels: int, size: int, by_image: bool) -> None:
+    spec = mma.choose(kind, "bf16", 8, 31, 1, ANGLES, (size, size), (size, size), 232448)
+    assert spec is not None
+    each = channels // 8
+    groups = [(n, n * each + c, min(16, each - c)) for n in range(8) for c in range(0, each, 16)]
+    shares = mma.share(spec, groups, images, (size, size), (size, size), 2 * channels * size**2, 132)
+    assert shares.strips * 16 * spec.tiles >= size
+    for group in groups:
+        splits = [row[3:] for row in shares.rows if row[:3] == group]
+        assert sorted(split for split, _ in splits) == list(range(len(splits)))
+        assert {number for _, number in splits} == {len(splits)}
+    assert len({row[:3] for row in shares.rows}) == len(groups)
+    assert shares.by_image == by_image
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("kind", "stride"), [("gather", 1), ("adjoint", 2), ("weight", 1)])
+def test_kernels_compile_without_a_gpu(
+    architecture: str, kind: str, stride: int, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator.cuda import compiler
+
+    monkeypatch.setenv("ORIENTED1D_CACHE", str(tmp_path))
+    memory = {"sm_80": 166912, "sm_90": 232448}[architecture]
+    for vector, dtype, size in ((8, "bf16", 56), (4, "half", 14)):
+        spec = mma.choose(kind, dtype, vector, 15, stride, ANGLES[:3], (size, size), (size, size), memory)
+        assert spec is not None
+        assert spec.shared_bytes <= memory
+        assert bytes(compiler.machine_code(spec, architecture).code)[:4] == b"\x7fELF"
+
+
+def test_other_kernels_are_left_to_the_other_module() -> None:
+    def choose(kind="gather", vector=8, kernel_size=31, stride=1, size=56, memory=232448) -> mma.Spec | None:
+        return mma.choose(kind, "bf16", vector, kernel_size, stride, ANGLES, (size, size), (size, size), memory)
+
+    assert choose() is not None
+    assert choose(kind="adjoint", stride=2) is not None
+    assert choose(stride=2) is None
+    assert choose(kind="weight", stride=2) is None
+    assert choose(vector=4, size=65) is None
+    assert choose(kind="weight", kernel_size=63) is None
+    assert choose(memory=48 * 1024, kernel_size=63, size=100) is None
+    small = choose(size=14, memory=120_000)
+    assert small is not None
+    assert small.shared_bytes <= 120_000
+
+
+# On a GPU ------------------------------------------------------------------------------------------------------------
+
+SIZES = [(1, 1), (7, 7), (14, 14), (16, 17), (28, 27), (32, 32), (33, 5), (56, 56), (64, 64), (65, 40), (61, 150)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "kernel_size", "stride"),
+    [(torch.bfloat16, k, s) for k, s in ((31, 1), (31, 2), (7, 1), (63, 1), (15, 3), (1, 1))]
+    + [(torch.float16, 31, 1), (torch.float16, 7, 2)],
+)
+def test_every_size(dtype: torch.dtype, kernel_size: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, with outputs and workspaces full of NaN before, and the image inside a field of NaN."""
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    for (height, width), (images, channels) in zip(
+        SIZES, itertools.cycle([(3, 64), (1, 128), (5, 96), (2, 200)]), strict=False
+    ):
+        field = torch.full((images + 2, height, width, channels), math.nan, device="cuda", dtype=dtype)
+        x = field[1:-1].permute(0, 3, 1, 2)
+        x.copy_(torch.randn(x.shape))
+        w, b = (torch.randn(s, device="cuda").to(dtype) for s in ((channels, kernel_size), (channels,)))
+        results = []
+        for backend, wide in (("cuda", dtype), ("portable", torch.float64)):
+            leaves = [t.detach().to(wide).requires_grad_() for t in (x, w, b)]
+            if backend == "cuda":
+                leaves[0] = x.detach().requires_grad_()
+            with use_backend(backend):
+                y = oriented_conv1d(
+                    *leaves[:2], geometry.layer_angles(channels), leaves[2], stride=stride, residual=True
+                )
+                if backend == "cuda":
+                    g = torch.randn(y.shape, device="cuda").to(dtype).to(memory_format=torch.channels_last)
+                results.append([y, *torch.autograd.grad(y, leaves, g.to(wide))])
+        errors = [relative_error(a, e) for a, e in zip(*results, strict=True)]
+        assert max(errors) < TOLERANCE[dtype], (height, width, errors)
+
+
+@pytest.mark.gpu
+def test_the_identity_of_a_residual_is_exact() -> None:
+    """With weights of zero the output is the input, though ``weight + 1`` and its error are 16-bit numbers."""
+    x = torch.randn(2, 128, 30, 30, device="cuda").bfloat16().to(memory_format=torch.channels_last)
+    w = torch.zeros(128, 31, device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(oriented_conv1d(x, w, geometry.layer_angles(128), residual=True), x)
+    w[:, 15] = 2**-10  # lost in bfloat16's 1 + 2**-10
+    y = oriented_conv1d(x, w, geometry.layer_angles(128), residual=True)
+    assert torch.equal(y, (x.double() * (1 + 2**-10)).to(torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_weight_gradient_is_the_same_bits_every_time() -> None:
+    x = torch.randn(32, 96, 28, 28, device="cuda").bfloat16().to(memory_format=torch.channels_last)
+    w = torch.randn(96, 31, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    g = torch.randn_like(x)
+    grads = [torch.autograd.grad(oriented_conv1d(x, w, geometry.layer_angles(96)), w, g)[0] for _ in range(3)]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+    assert grads[0].abs().sum() > 0
