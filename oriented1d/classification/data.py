@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_dataset, create_transform, get_img_extensions
+from timm.data import auto_augment, create_dataset, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.readers.reader import Reader
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from oriented1d.training.batches import keep_total_batch
 from oriented1d.training.errors import UserError
+from oriented1d.training.files import find_images
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -99,26 +100,6 @@ class ImageFiles(Dataset[tuple[Tensor, int, str]]):
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and more
             return torch.zeros(3, self.image_size, self.image_size), index, f"{type(error).__name__}: {error}"
         return self.transform(pixels), index, ""
-
-
-def find_images(paths: Sequence[str]) -> list[Path]:
-    """The given files, and all image files in the given folders and below, in the order of their names.
-
-    Raises:
-        UserError: a path does not exist, or no image was found.
-    """
-    extensions = get_img_extensions(as_set=True)
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in extensions and file.is_file())
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"data.images: expected image files or folders, got {path}, which does not exist")
-    if not files:
-        raise UserError(f"data.images: no image files in {', '.join(map(str, paths))}")
-    return files
 
 
 class ImageData(L.LightningDataModule):

@@ -238,6 +238,35 @@ def load_checkpoint(model: nn.Module, path: str | Path, ema: bool = False, crop:
     return changes
 
 
+def load_dense_checkpoint(model: nn.Module, path: str | Path) -> list[str]:
+    """Load a file into a network for a dense task, which has its backbone in ``backbone``.
+
+    A file with heads (of ours, of mmdet or mmseg) must fit the whole network; any other file (see
+    :func:`read_checkpoint`) is loaded into the backbone alone, its oriented kernels cropped where they are larger.
+
+    Returns:
+        Lines that say what was left out, left as it was, or cropped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint, or does not fit.
+    """
+    path = Path(path)
+    heads = {name for name, _ in model.named_children()} - {"backbone"}
+    if path.is_file():
+        content = _load(path)
+        state_dict = content.get("state_dict", content)
+        if "pytorch-lightning_version" in content:
+            state_dict = _under(state_dict, "model.")
+        if isinstance(state_dict, Mapping) and any(key.split(".")[0] in heads for key in state_dict):
+            whole = {f"backbone.{key}": value for key, value in _plain_keys(dict(state_dict)).items()}
+            whole |= {key: value for key, value in state_dict.items() if not key.startswith("backbone.")}
+            _check_fit(model.state_dict(), whole, whole, path)
+            model.load_state_dict(whole)
+            return []
+    return load_checkpoint(model.get_submodule("backbone"), path, crop=True)
+
+
 def convert(checkpoint: str | Path, output: str | Path, to: str = "backbone", ema: bool = False) -> list[str]:
     """Write the network of a checkpoint in another form.
 

@@ -1,8 +1,11 @@
-"""The total batch size stays what the recipe says, whatever the number of devices."""
+"""Which samples make a step: the same ones whatever the number of devices, and after a restart."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence, Sized
+
 import lightning as L
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from oriented1d.training.errors import UserError
 
@@ -44,3 +47,81 @@ def keep_total_batch(trainer: L.Trainer, total_batch_size: int, batch_size: int,
     trainer.accumulate_grad_batches = steps
     if trainer.limit_train_batches == 1.0 and isinstance(trainer.limit_train_batches, float):
         trainer.limit_train_batches = num_samples // total_batch_size * steps
+
+
+class EpochSampler(DistributedSampler):
+    """Samples of one process, shuffled, numbered ``epoch * len(dataset) + index``.
+
+    The number tells a data set the epoch: workers live on from epoch to epoch with their own copy of it. A run that
+    goes on from the middle of an epoch goes on with the samples that it has not had.
+
+    Args:
+        dataset: what is sampled.
+        trainer: knows the processes and the batches that the epoch already had.
+        batch_size: of each process.
+        seed: of the order.
+    """
+
+    def __init__(self, dataset: Sized, trainer: L.Trainer, batch_size: int, seed: int) -> None:
+        super().__init__(dataset, trainer.world_size, trainer.global_rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.trainer = trainer
+        self.batch_size = batch_size
+
+    def had(self) -> int:
+        """Batches that the epoch already had."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def all(self) -> list[int]:
+        """All samples of the epoch."""
+        length = len(self.dataset)  # type: ignore[arg-type]
+        return [self.epoch * length + index for index in super().__iter__()]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.all()[self.had() * self.batch_size :])
+
+
+class GroupedBatches(BatchSampler):
+    """Batches of samples of one group, such as upright and wide images, in the order in which groups fill up.
+
+    What is left at the end of an epoch makes mixed batches, so that every process has as many.
+
+    Args:
+        sampler: gives the samples.
+        groups: group of each sample of the data set.
+        batch_size: samples of a batch.
+    """
+
+    def __init__(self, sampler: EpochSampler, groups: Sequence[int], batch_size: int) -> None:
+        super().__init__(sampler, batch_size, drop_last=True)
+        self.groups = groups
+
+    def __iter__(self) -> Iterator[list[int]]:
+        assert isinstance(self.sampler, EpochSampler)
+        waiting: dict[int, list[int]] = {}
+        batches = []
+        for sample in self.sampler.all():
+            group = waiting.setdefault(self.groups[sample % len(self.groups)], [])
+            group.append(sample)
+            if len(group) == self.batch_size:
+                batches.append(list(group))
+                group.clear()
+        left = [sample for _, group in sorted(waiting.items()) for sample in group]
+        size = self.batch_size
+        batches += [left[i : i + size] for i in range(0, len(left) - size + 1, size)]
+        return iter(batches[self.sampler.had() :])
+
+
+class Shard(DistributedSampler):
+    """Every ``world_size``-th sample, in order, none twice: for evaluation."""
+
+    def __init__(self, dataset: Sized, trainer: L.Trainer) -> None:
+        super().__init__(dataset, trainer.world_size, trainer.global_rank, shuffle=False)  # type: ignore[arg-type]
+
+    def _mine(self) -> range:
+        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._mine())
+
+    def __len__(self) -> int:
+        return len(self._mine())

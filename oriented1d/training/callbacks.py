@@ -53,6 +53,29 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(monitor=monitor, filename=filename, mode="max")
 
 
+class RandomStates(Callback):
+    """Keeps the states of the random numbers in checkpoints, so that a run that is taken up again draws what an
+    uninterrupted one would (dropout, drop path)."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if self._loaded is None:
+            return
+        torch.set_rng_state(self._loaded["torch"].cpu())
+        if len(self._loaded["cuda"]) == torch.cuda.device_count() > 0:
+            torch.cuda.set_rng_state_all([state.cpu() for state in self._loaded["cuda"]])
+        self._loaded = None
+
+
 class Progress(TQDMProgressBar):
     """Lightning's bar with images/s and the time left of the whole run, and one line for each epoch.
 
@@ -72,9 +95,13 @@ class Progress(TQDMProgressBar):
         super().on_train_start(trainer, *args)
         self._first_step = trainer.global_step
         self._train_start = time.monotonic()
+        self._start_epoch()  # one that goes on in the middle does not start
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
         self._epoch_start = time.monotonic()
         self._batches = 0
         self._images_per_second = math.nan
@@ -104,10 +131,10 @@ class Progress(TQDMProgressBar):
         if not trainer.is_global_zero:
             return
         metrics = "  ".join(f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
-        line = (
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {metrics}  "
-            f"{self._images_per_second:.0f} images/s  {self._time_left(trainer)} left"
-        )
+        of = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        if trainer.max_epochs == -1:  # the run is measured in steps
+            of = f"step {trainer.global_step}/{trainer.max_steps}"
+        line = f"{of}  {metrics}  {self._images_per_second:.0f} images/s  {self._time_left(trainer)} left"
         if self.is_enabled:
             self.print(line)
         else:

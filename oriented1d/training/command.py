@@ -19,7 +19,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from oriented1d.training.callbacks import BestCheckpoint, LastCheckpoint, Progress, StopAtBadLoss, Summary
+from oriented1d.training.callbacks import BestCheckpoint, LastCheckpoint, Progress, RandomStates, StopAtBadLoss, Summary
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
 
@@ -46,7 +46,7 @@ class Command(LightningCLI):
             trainer_defaults={
                 "default_root_dir": "runs",
                 "enable_model_summary": False,
-                "callbacks": [Summary(), Progress(), StopAtBadLoss()],
+                "callbacks": [Summary(), Progress(), StopAtBadLoss(), RandomStates()],
             },
             seed_everything_default=0,
             # An ArgumentError instead of three lines of usage and the end of the process; no guessing of options.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from timm.data.dataset import IterableImageDataset
 from torch.utils.data import get_worker_info
 
 from oriented1d.classification import Digits, data
-from oriented1d.classification.data import find_images
 from oriented1d.training.command import Command
 from oriented1d.training.errors import UserError
 
@@ -80,13 +78,3 @@ def test_digits():
     assert (float(grey.min()), float(grey.max())) == pytest.approx((0, 1), abs=0.01)  # 16 levels fill the range
     held_out = {val.pixels[i].tobytes() for i in range(360)}  # type: ignore[attr-defined]
     assert len(held_out & {train.pixels[i].tobytes() for i in range(1437)}) == 0  # type: ignore[attr-defined]
-
-
-def test_find_images(tmp_path: Path):
-    for name in ("b.JPEG", "a.png", "sub/c.jpg", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    found = find_images([str(tmp_path), str(tmp_path / "notes.txt")])
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.png", "b.JPEG", "sub/c.jpg", "notes.txt"]
-    with pytest.raises(UserError, match=r"data\.images: no image files in"):
-        find_images([])
