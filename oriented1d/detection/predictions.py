@@ -1,0 +1,76 @@
+"""What ``oriented1d predict`` writes: pictures of detections, and a list of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torchvision.io import write_png
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from oriented1d.detection.cascade import Detections, paste
+from oriented1d.detection.results import to_coco, write_json
+from oriented1d.segmentation.predictions import palette
+from oriented1d.training.errors import UserError
+from oriented1d.training.files import check_writable
+from oriented1d.training.images import read_image
+
+
+def draw(image: Tensor, found: Detections, names: list[str], shown: float) -> Tensor:
+    """``(3, H, W)`` uint8 with masks, boxes, names and scores of the detections from the score ``shown`` on."""
+    sure = found.scores >= shown
+    boxes, labels, scores = found.boxes[sure].cpu(), found.labels[sure].tolist(), found.scores[sure].tolist()
+    if not labels:
+        return image
+    colours = [tuple(int(value) for value in palette(len(names))[label]) for label in labels]
+    masks = paste(found.masks[sure].cpu(), boxes, (image.shape[1], image.shape[2]))
+    image = draw_segmentation_masks(image, masks, alpha=0.45, colors=colours)
+    texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    return draw_bounding_boxes(image, boxes, texts, colours, width=2)
+
+
+class PredictionWriter(Callback):
+    """Writes ``{name}.png`` for each image, and ``detections.json`` in COCO's format with their file names."""
+
+    def __init__(self, folder: str, shown: float) -> None:
+        self.folder = Path(folder)
+        self.shown = shown
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise UserError(f"trainer.devices: predict runs on one device, got {trainer.world_size}")
+        check_writable(self.folder, "model.predictions")
+        self._results: list[dict[str, Any]] = []
+        self._names: dict[str, int] = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        number: int = pl_module.num_classes  # type: ignore[assignment]
+        names: list[str] = pl_module.class_names or [str(i) for i in range(number)]  # type: ignore[assignment]
+        for found, file, image_id, size in zip(outputs, batch["files"], batch["ids"], batch["originals"], strict=True):
+            for result in to_coco(found, image_id, size, list(range(number))):
+                self._results.append({"file": file, "class": names[result["category_id"]], **result})
+            stem = Path(file).stem
+            self._names[stem] = self._names.get(stem, 0) + 1
+            if self._names[stem] > 1:  # files of one name in several folders
+                stem = f"{stem}_{self._names[stem]}"
+            pixels = torch.from_numpy(read_image(Path(file))).permute(2, 0, 1)
+            partial = self.folder / f".{stem}.{os.getpid()}"
+            write_png(draw(pixels, found, names, self.shown), str(partial))
+            os.replace(partial, self.folder / f"{stem}.png")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        write_json(self._results, self.folder / "detections.json")
+        print(f"{sum(self._names.values())} images predicted: {self.folder}")
