@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -15,8 +16,11 @@ commands:
   validate   evaluate:                 oriented1d validate --config FILE --ckpt_path FILE
   predict    write predictions:        oriented1d predict --config FILE --ckpt_path FILE --data.images FOLDER
   convert    convert a checkpoint:     oriented1d convert CHECKPOINT OUT [--to backbone|safetensors] [--ema]
-  benchmark  measure speed
-  draw       draw kernels and taps
+  info       describe a network:       oriented1d info MODEL | --all
+  draw       draw taps and kernels:    oriented1d draw [MODEL] [--weights FILE]
+  erf        receptive fields:         oriented1d erf compute MODEL --output FILE; oriented1d erf plot FILE ...
+  export     to another format:        oriented1d export MODEL OUT --to onnx|torch-export
+  benchmark  measure speed:            oriented1d benchmark operator|table5|network
 
 options:
   -h, --help   this text; after a command, the options of the command
@@ -57,16 +61,11 @@ def _convert(args: list[str]) -> int:
     return 0
 
 
-def _benchmark(args: list[str]) -> int:
-    from oriented1d.analysis.benchmark import main as benchmark
+def _analysis(module: str) -> Callable[[list[str]], int]:
+    def run_command(args: list[str]) -> int:
+        return importlib.import_module(f"oriented1d.analysis.{module}").main(args)
 
-    return benchmark(args)
-
-
-def _draw(args: list[str]) -> int:
-    from oriented1d.analysis.draw import main as draw
-
-    return draw(args)
+    return run_command
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -74,8 +73,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "validate": _train("validate"),
     "predict": _train("predict"),
     "convert": _convert,
-    "benchmark": _benchmark,
-    "draw": _draw,
+    "info": _analysis("info"),
+    "draw": _analysis("draw"),
+    "erf": _analysis("erf"),
+    "export": _analysis("export"),
+    "benchmark": _analysis("benchmark"),
 }
 
 

@@ -50,7 +50,10 @@ def test_help_of_a_command(capsys):
 
 def test_unknown_command(capsys):
     assert main(["train"]) == 2
-    assert "expected a command (fit, validate, predict, convert, benchmark, draw), got train" in error_of(capsys)
+    assert (
+        "expected a command (fit, validate, predict, convert, info, draw, erf, export, benchmark), got train"
+        in error_of(capsys)
+    )
 
 
 def test_missing_extra(monkeypatch, capsys):

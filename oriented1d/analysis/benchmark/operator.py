@@ -7,34 +7,26 @@ not in a cache. Results are compared with the portable path in float64 first; wh
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import math
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-import oriented1d
 from oriented1d import geometry, oriented_conv1d
+from oriented1d.analysis.benchmark.results import quantiles
 from oriented1d.operator import library, portable
 from oriented1d.operator.layout import memory_format
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LAYOUTS = {"contiguous": False, "channels_last": True}
 SHAPES = {
-    "cpu": ["8x96x56x56", "8x384x14x14"],
-    "cuda": ["64x512x56x56", "64x512x28x28", "64x512x14x14"],
+    "cpu": [(8, 96, 56, 56), (8, 384, 14, 14)],
+    "cuda": [(64, 512, 56, 56), (64, 512, 28, 28), (64, 512, 14, 14)],
 }
 DIRECTIONS = ("forward", "grad-input", "grad-weight", "total")
 # Relative errors of a result that is right: sums of float32, then one rounding to the dtype.
@@ -189,7 +181,7 @@ def rows_of(case: Case, times: dict[str, list[float]]) -> list[dict[str, object]
     angle = "8 directions" if case.angle is None else f"{math.degrees(case.angle):g}"
     rows = []
     for name in DIRECTIONS:
-        p20, p50, p80 = _quantiles(times[name])
+        p20, p50, p80 = quantiles(times[name])
         rival = "total" if name == "total" else "forward"
         row: dict[str, object] = {
             "shape": "x".join(map(str, case.shape)),
@@ -203,6 +195,7 @@ def rows_of(case: Case, times: dict[str, list[float]]) -> list[dict[str, object]
             "ms_p50": f"{p50:.4f}",
             "ms_p80": f"{p80:.4f}",
             "gb_per_s": f"{moved[name] * case.dtype.itemsize / p50 / 1e6:.1f}",
+            "copy_ms": f"{medians['copy']:.4f}",
             "ratio_to_copy": f"{p50 / medians['copy']:.3f}",
         }
         for column, other in (
@@ -216,72 +209,27 @@ def rows_of(case: Case, times: dict[str, list[float]]) -> list[dict[str, object]
     return rows
 
 
-def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    ordered = sorted(values)
-    p20, p50, p80 = (ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))] for q in (0.2, 0.5, 0.8))
-    return p20, p50, p80
-
-
-def environment(device: torch.device) -> dict[str, object]:
-    """Columns that say when, on what and with what a row was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": name,
-        "torch": torch.__version__,
-        "numba": metadata.version("numba"),
-        "python": platform.python_version(),
-        "oriented1d": oriented1d.__version__,
-    }
-
-
-def write_csv(rows: Sequence[dict[str, object]], output: str | os.PathLike[str], device: torch.device) -> None:
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    where = environment(device)
-    try:
-        with unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*where, *rows[0]])
-            writer.writeheader()
-            writer.writerows({**where, **row} for row in rows)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def print_table(rows: Sequence[dict[str, object]], title: str) -> None:
-    shown = [column for column in rows[0] if any(row[column] != "" for row in rows)]
-    table = Table(title=title)
-    for column in shown:
-        table.add_column(column, justify="left" if column in ("shape", "layout", "dtype", "direction") else "right")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in shown))
-    Console(width=200).print(table)
-
-
-def run_operator(options: argparse.Namespace) -> list[dict[str, object]]:
-    device = torch.device(options.device)
-    shapes = options.shapes or SHAPES[device.type]
+def run(options: argparse.Namespace) -> list[dict[str, object]]:
+    shapes = options.shapes or SHAPES[options.device.type]
     angles = [None] if options.angles == "layer" else [math.pi * i / 8 for i in range(8)]
     rows: list[dict[str, object]] = []
     for shape in shapes:
         for dtype in options.dtypes:
             for layout in options.layouts:
                 for angle in angles:
-                    size = tuple(int(part) for part in shape.split("x"))
                     case = Case(
-                        size,  # type: ignore[arg-type]
+                        shape,
                         options.kernel_size,
                         options.stride,
                         DTYPES[dtype],
                         LAYOUTS[layout],
                         angle,
-                        device,
+                        options.device,
                     )
                     error = check_parity(case)
                     rows += rows_of(case, measure_case(case, options.runs))
-                    print(f"{shape} {dtype} {layout} {rows[-1]['angle']}: relative error {error:.1e}", flush=True)
+                    row = rows[-1]
+                    print(f"{row['shape']} {dtype} {layout} {row['angle']}: relative error {error:.1e}", flush=True)
     return rows
 
 
@@ -290,13 +238,12 @@ def run_table5(options: argparse.Namespace) -> list[dict[str, object]]:
 
     The original's script passed degrees where radians were meant, and its input asked for no gradient.
     """
-    device = torch.device(options.device)
     rows: list[dict[str, object]] = []
     for size in options.sizes:
         for kernel_size in options.kernel_sizes:
             for degrees in (0, 22.5, 45, 67.5, 90, 112.5, 135, 157.5):
                 shape = (options.batch, options.channels, size, size)
-                case = Case(shape, kernel_size, 1, torch.float32, False, math.radians(degrees), device)
+                case = Case(shape, kernel_size, 1, torch.float32, False, math.radians(degrees), options.device)
                 check_parity(case)
                 times = {name: statistics.median(t) for name, t in measure_case(case, options.runs).items()}
                 rows.append(
@@ -313,37 +260,3 @@ def run_table5(options: argparse.Namespace) -> list[dict[str, object]]:
                     }
                 )
     return rows
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``oriented1d benchmark``."""
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="oriented1d benchmark", description="Measure speed, side by side.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    operator = commands.add_parser("operator", help="the operator against copies, PyTorch and the portable path")
-    operator.add_argument("--shapes", nargs="+", metavar="NxCxHxW", help="images (default: by device)")
-    operator.add_argument("--kernel-size", type=int, default=31)
-    operator.add_argument("--stride", type=int, default=1)
-    operator.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
-    operator.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    operator.add_argument("--angles", choices=["layer", "each"], default="layer", help="8 directions, or one at a time")
-    table5 = commands.add_parser("table5", help="Table 5 of the paper, one angle at a time")
-    table5.add_argument("--sizes", type=int, nargs="+", default=[14, 28, 56])
-    table5.add_argument("--kernel-sizes", type=int, nargs="+", default=[7, 15, 31])
-    table5.add_argument("--batch", type=int, default=64)
-    table5.add_argument("--channels", type=int, default=512)
-    for command in (operator, table5):
-        command.add_argument("--device", default=default_device, help="cpu or cuda (default: cuda where there is one)")
-        command.add_argument("--runs", type=int, default=15, help="timed runs of each candidate (default 15)")
-        command.add_argument("--output", help="CSV file to write")
-    options = parser.parse_args(argv)
-    rows = run_operator(options) if options.command == "operator" else run_table5(options)
-    print_table(rows, f"{options.command} on {environment(torch.device(options.device))['device']}, medians in ms")
-    if options.output:
-        write_csv(rows, options.output, torch.device(options.device))
-        print(f"wrote {options.output}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
