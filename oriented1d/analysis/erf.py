@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import oriented1d
 from oriented1d.analysis import figures, networks
+from oriented1d.files import unfinished
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
 
@@ -239,13 +240,8 @@ def compute(
 
 
 def _write_npz(path: Path, **arrays: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with unfinished(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def _write_partial(path: Path, scores: Scores, settings: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from oriented1d.detection.cascade import Detections, paste
 from oriented1d.detection.results import to_coco, write_json
+from oriented1d.files import unfinished
 from oriented1d.segmentation.predictions import palette
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
@@ -67,9 +67,8 @@ class PredictionWriter(Callback):
             if self._names[stem] > 1:  # files of one name in several folders
                 stem = f"{stem}_{self._names[stem]}"
             pixels = torch.from_numpy(read_image(Path(file))).permute(2, 0, 1)
-            partial = self.folder / f".{stem}.{os.getpid()}"
-            write_png(draw(pixels, found, names, self.shown), str(partial))
-            os.replace(partial, self.folder / f"{stem}.png")
+            with unfinished(self.folder / f"{stem}.png") as partial:
+                write_png(draw(pixels, found, names, self.shown), str(partial))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         write_json(self._results, self.folder / "detections.json")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from oriented1d.detection.cascade import Detections, paste
+from oriented1d.files import unfinished
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -73,9 +73,5 @@ def evaluate(annotations: COCO, results: list[dict[str, Any]], image_ids: list[i
 
 def write_json(results: list[dict[str, Any]], path: Path) -> None:
     """Write results, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with unfinished(path) as partial:
         partial.write_text(json.dumps(results), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from oriented1d.files import unfinished
 from oriented1d.models.convnext import DENSE_KERNEL_SIZES, KERNEL_SIZES, SIZES, ConvNeXtFeatures
 
 
@@ -313,11 +313,13 @@ def convert(checkpoint: str | Path, output: str | Path, to: str = "backbone", em
             if place:
                 sizes[key] = DENSE_KERNEL_SIZES[network.kernels][int(place[1])][-1 if place[2] == "2" else 0]
         changes += _crop(weights, sizes)
-        _write(output, lambda path: torch.save({"state_dict": weights}, path))
+        with unfinished(output) as path:
+            torch.save({"state_dict": weights}, path)
     else:
         whole = {key: value.contiguous() for key, value in weights.items()}
         # save_file() makes files that only their owner can read
-        _write(output, lambda path: path.write_bytes(safetensors.torch.save(whole, metadata={"format": "pt"})))
+        with unfinished(output) as path:
+            path.write_bytes(safetensors.torch.save(whole, metadata={"format": "pt"}))
     return [*changes, f"wrote {output}: {len(weights)} tensors, {network.name}"]
 
 
@@ -385,12 +387,3 @@ def _some(items: Iterable[str], shown: int = 3) -> str:
     items = list(items)
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(items[:shown]) + more
-
-
-def _write(output: Path, save: Callable[[Path], object]) -> None:
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        save(partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)

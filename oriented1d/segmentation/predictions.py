@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 
+from oriented1d.files import unfinished
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
 from oriented1d.training.images import read_image
@@ -67,9 +67,8 @@ class PredictionWriter(Callback):
         self._save(overlay(read_image(Path(batch["file"])), labels, num_classes), f"{name}_overlay.png")
 
     def _save(self, pixels: np.ndarray, name: str) -> None:
-        partial = self.folder / f".{name}.{os.getpid()}"
-        Image.fromarray(pixels).save(partial, format="PNG")
-        os.replace(partial, self.folder / name)
+        with unfinished(self.folder / name) as partial:
+            Image.fromarray(pixels).save(partial)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         print(f"{sum(self._names.values())} images predicted: {self.folder}")

@@ -12,7 +12,6 @@ from torch.utils.data import get_worker_info
 
 from oriented1d.classification import Digits, data
 from oriented1d.training.command import Command
-from oriented1d.training.errors import UserError
 
 
 class Stream:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import oriented1d
+from oriented1d.files import unfinished
 
 _TEXT = ("shape", "layout", "dtype", "direction", "model", "mode", "error")
 
@@ -44,16 +45,11 @@ def write_csv(rows: Sequence[dict[str, object]], output: str | os.PathLike[str],
     """Write rows with the columns of :func:`environment` before their own, whole or not at all."""
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     where = environment(device)
-    try:
-        with unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*where, *rows[0]])
-            writer.writeheader()
-            writer.writerows({**where, **row} for row in rows)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with unfinished(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*where, *rows[0]])
+        writer.writeheader()
+        writer.writerows({**where, **row} for row in rows)
 
 
 def print_table(rows: Sequence[dict[str, object]], title: str) -> None:
