@@ -166,7 +166,7 @@ class ObjectDetector(L.LightningModule):
             torch.distributed.broadcast_object_list(shared)
             scores = shared[0]
         for name, value in scores.items():
-            self.log(f"val/{name}", value, prog_bar=name.endswith("_AP"), rank_zero_only=False)
+            self.log(f"val/{name}", value, prog_bar=name.endswith("_AP"), sync_dist=True)
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self._report(found, scores)
 

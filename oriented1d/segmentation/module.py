@@ -167,7 +167,7 @@ class SemanticSegmenter(L.LightningModule):
         scores = self.scores.compute()
         self.scores.reset()
         for name in ("miou", "mean_accuracy", "pixel_accuracy"):
-            self.log(f"val/{name}", scores[name].float(), prog_bar=name == "miou", rank_zero_only=False)
+            self.log(f"val/{name}", scores[name].float(), prog_bar=name == "miou", sync_dist=True)
         if self.trainer.state.fn == "validate" and self.trainer.is_global_zero:
             self._print(scores)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
+from typing import Any
 
 import lightning as L
-from torch.utils.data import BatchSampler, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from oriented1d.training.errors import UserError
 
@@ -80,26 +81,26 @@ class EpochSampler(DistributedSampler):
         return iter(self.all()[self.had() * self.batch_size :])
 
 
-class GroupedBatches(BatchSampler):
-    """Batches of samples of one group, such as upright and wide images, in the order in which groups fill up.
+class GroupedSampler(EpochSampler):
+    """Lists of samples of one group, such as upright and wide images, in the order in which groups fill up.
 
-    What is left at the end of an epoch makes mixed batches, so that every process has as many.
+    What is left at the end of an epoch makes mixed lists, so that every process has as many. It is a sampler that gives
+    batches (for a loader with ``batch_size=None`` and :class:`Lists`): Lightning would replace the sampler inside a
+    batch sampler.
 
     Args:
-        sampler: gives the samples.
+        dataset, trainer, batch_size, seed: as of :class:`EpochSampler`.
         groups: group of each sample of the data set.
-        batch_size: samples of a batch.
     """
 
-    def __init__(self, sampler: EpochSampler, groups: Sequence[int], batch_size: int) -> None:
-        super().__init__(sampler, batch_size, drop_last=True)
+    def __init__(self, dataset: Sized, trainer: L.Trainer, batch_size: int, seed: int, groups: Sequence[int]) -> None:
+        super().__init__(dataset, trainer, batch_size, seed)
         self.groups = groups
 
-    def __iter__(self) -> Iterator[list[int]]:
-        assert isinstance(self.sampler, EpochSampler)
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         waiting: dict[int, list[int]] = {}
         batches = []
-        for sample in self.sampler.all():
+        for sample in self.all():
             group = waiting.setdefault(self.groups[sample % len(self.groups)], [])
             group.append(sample)
             if len(group) == self.batch_size:
@@ -108,7 +109,20 @@ class GroupedBatches(BatchSampler):
         left = [sample for _, group in sorted(waiting.items()) for sample in group]
         size = self.batch_size
         batches += [left[i : i + size] for i in range(0, len(left) - size + 1, size)]
-        return iter(batches[self.sampler.had() :])
+        return iter(batches[self.had() :])
+
+    def __len__(self) -> int:
+        return super().__len__() // self.batch_size
+
+
+class Lists(Dataset[list[Any]]):
+    """A data set that is asked for lists of samples."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, samples: list[int]) -> list[Any]:
+        return [self.dataset[sample] for sample in samples]
 
 
 class Shard(DistributedSampler):

@@ -15,7 +15,7 @@ from oriented1d.detection.data import TestSet as ImagesToTest
 from oriented1d.detection.data import TrainSet, check_images, objects, read_annotations, train_batch
 from oriented1d.detection.results import evaluate, to_coco
 from oriented1d.detection.transforms import Sample, TrainTransform, crop, mirror, pad, resize
-from oriented1d.training.batches import EpochSampler, GroupedBatches
+from oriented1d.training.batches import GroupedSampler, Lists
 from oriented1d.training.errors import UserError
 from oriented1d.training.schedule import warmup_steps_down
 
@@ -117,11 +117,12 @@ def test_batches(shapes: Path, annotations: COCO) -> None:
         world_size=1, global_rank=0, fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     )
     groups = [0, 1] * 10
-    batches = GroupedBatches(EpochSampler(range(20), trainer, 3, seed=0), groups, 3)
+    batches = GroupedSampler(range(20), trainer, 3, 0, groups)
     first = list(batches)
     assert len(first) == len(batches) == 6
     assert sum(len({groups[sample % 20] for sample in part}) == 1 for part in first) >= 5
     assert len({sample for part in first for sample in part}) == 18
+    assert Lists(range(100))[first[0]] == first[0]
     progress.current.ready = 2
     assert list(batches) == first[2:]
 
