@@ -37,6 +37,7 @@ from oriented1d.analysis import figures, networks
 from oriented1d.files import unfinished
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
+from oriented1d.training.images import read_image
 
 SHARES = (0.2, 0.3, 0.5, 0.99)
 """Parts of the contribution whose squares are reported, as in RepLKNet's table of receptive fields."""
@@ -135,12 +136,7 @@ class Images(Sequence[Tensor]):
         source = self._sources[index]
         if isinstance(source, Image.Image):
             return self._transform(source.convert("RGB"))
-        try:
-            with Image.open(source) as image:
-                pixels = image.convert("RGB")
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and more
-            raise UserError(f"{source}: expected an image, cannot be read ({error})") from error
-        return self._transform(pixels)
+        return self._transform(Image.fromarray(read_image(source)))
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -20,7 +20,6 @@ from torchvision.ops import batched_nms, roi_align
 
 from oriented1d.detection.boxes import Matcher, Size, clip, decode, encode, giou, grid_anchors, sample
 from oriented1d.models.features import create_backbone
-from oriented1d.training.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
 STAGE_WEIGHTS = (1.0, 0.5, 0.25)
@@ -274,8 +273,8 @@ class RoIHead(nn.Module):
                 at, away = sample(matches, number, 0.25)
                 candidates = torch.cat([truth.boxes, proposal])
                 boxes.append(candidates[torch.cat([at, away])])
-                background = labels_of(truth, matches[at]).new_full((len(away),), self.num_classes)
-                labels.append(torch.cat([labels_of(truth, matches[at]), background]))
+                classes = truth.labels[matches[at]]
+                labels.append(torch.cat([classes, classes.new_full((len(away),), self.num_classes)]))
                 of_truth.append(matches[at])
                 positives.append(at)
             logits, steps = self.bbox_head[stage](pool(maps, boxes, 7))
@@ -312,7 +311,7 @@ class RoIHead(nn.Module):
         logits = self.mask_head[stage](pool(maps, positive, 14))
         if not len(logits):
             return logits.sum()
-        labels = torch.cat([labels_of(truth, match) for truth, match in zip(truths, of_truth, strict=True)])
+        labels = torch.cat([truth.labels[match] for truth, match in zip(truths, of_truth, strict=True)])
         targets = torch.cat(
             [
                 mask_targets(truth.masks, match, box)
@@ -373,10 +372,6 @@ class RoIHead(nn.Module):
         index = torch.arange(len(labels), device=labels.device)
         masks = [head(features)[index, labels].sigmoid() for head in self.mask_head]
         return (sum(masks) / len(masks)).split([len(box) for box in boxes])
-
-
-def labels_of(truth: Truth, matches: Tensor) -> Tensor:
-    return truth.labels[matches]
 
 
 def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor) -> Tensor:
@@ -440,8 +435,6 @@ class CascadeMaskRCNN(nn.Module):
         self.num_classes = num_classes
         self.backbone = create_backbone(backbone, drop_path_rate, **(backbone_args or {}))
         widths = self.backbone.feature_info.channels()
-        if len(widths) != len(STRIDES):
-            raise UserError(f"model.network: expected a backbone with four feature maps, {backbone} has {len(widths)}")
         self.neck = FPN(widths, channels)
         self.rpn_head = RPNHead(channels)
         self.roi_head = RoIHead(num_classes, channels, hidden)

@@ -19,7 +19,7 @@ from oriented1d.segmentation.transforms import IGNORED, TrainTransform
 from oriented1d.training.batches import EpochSampler, Shard, keep_total_batch
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import find_images
-from oriented1d.training.images import read_image, resize_image, scaled_size, to_tensor
+from oriented1d.training.images import MEAN, STD, read_image, resize_image, scaled_size, to_tensor
 
 _SHOWN = 5  # files that an error names
 
@@ -208,8 +208,8 @@ class SegmentationData(L.LightningDataModule):
         total_batch_size: int = 16,
         num_workers: int = 4,
         seed: int = 0,
-        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        mean: tuple[float, float, float] = MEAN,
+        std: tuple[float, float, float] = STD,
     ) -> None:
         super().__init__()
         self.root = root

@@ -14,7 +14,7 @@ from numpy.random import Generator
 from PIL import Image
 from torch import Tensor
 
-from oriented1d.training.images import resize_image, scaled_size, to_tensor
+from oriented1d.training.images import MEAN, STD, resize_image, scaled_size, to_tensor
 
 IGNORED = 255
 
@@ -45,8 +45,8 @@ class TrainTransform:
     most_of_a_class: float = 0.75
     mirror: float = 0.5
     distort: bool = True
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __call__(self, image: np.ndarray, labels: np.ndarray, random: Generator) -> tuple[Tensor, Tensor]:
         """``(3, crop, crop)`` float32 and ``(crop, crop)`` int64."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oriented1d.models.features import create_backbone
-from oriented1d.training.errors import UserError
 
 POOL_SCALES = (1, 2, 3, 6)
 
@@ -131,8 +130,6 @@ class UPerNet(nn.Module):
         self.num_classes = num_classes
         self.backbone = create_backbone(backbone, drop_path_rate, **(backbone_args or {}))
         widths = self.backbone.feature_info.channels()
-        if len(widths) != 4:
-            raise UserError(f"model.network: expected a backbone with four feature maps, {backbone} has {len(widths)}")
         self.decode_head = UPerHead(widths, num_classes, channels, dropout)
         self.auxiliary_head = FCNHead(widths[2], num_classes, auxiliary_channels, dropout)
 
