@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -58,7 +59,7 @@ def test_an_unwritable_cache_only_costs_time(tmp_path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("angle", [0.0, math.pi / 8, math.pi / 4, 1.3, math.pi / 2, 2.0, 3 * math.pi / 4, 3.0])
-@pytest.mark.parametrize("length", [7, 14])
+@pytest.mark.parametrize("length", [7, 14, 19, 28])
 def test_a_tile_holds_every_tap_of_every_output(angle: float, stride: int, length: int) -> None:
     from oriented1d.operator.cuda.tiles import make_tile
 
@@ -72,6 +73,76 @@ def test_a_tile_holds_every_tap_of_every_output(angle: float, stride: int, lengt
         du, dv = (dy, dx) if tile.steep else (dx, dy)
         assert (u, v) == (i * stride + du, tile.drift(i) * stride + dv)
     assert tile.drift(5 + 3 * length) == tile.drift(5) + 3 * tile.advance
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "height", "width"), [(31, 56, 50), (31, 28, 28), (31, 14, 13), (7, 56, 56), (63, 20, 9)]
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_frame_holds_every_pixel_that_a_tile_reads(kernel_size: int, height: int, width: int, last: bool) -> None:
+    """What the kernels do with frames, in Python."""
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+    from oriented1d.operator.cuda import source
+
+    angles = tuple(geometry.layer_angles(8).tolist())
+    image = max(height, width)
+    spec, _ = cuda._spec("gather", last, torch.float32, kernel_size, 1, angles, True, 8, image, image, 232448)
+    if not spec.block.region:
+        pytest.skip("large images in channels_last lie in strips")
+    numbers, threads, _ = source.planar_layout(spec)
+    lists = np.split(
+        source.places(spec, height, width), np.cumsum([1 if last else n for n in numbers])[:-1] * height * width
+    )
+    x = torch.randn(1, 1, height, width, dtype=torch.float64)
+    w = torch.randn(1, kernel_size, dtype=torch.float64)
+    for angle, program, places, number in zip(angles, source.programs(spec), lists, numbers, strict=True):
+        f = source.frame(spec, program)
+        assert number * f.tiles <= threads
+        at = places[: height * width] // 4
+        assert len(set(at.tolist())) == height * width
+        memory = np.zeros(f.left + f.size + f.pitch)
+        memory[at] = x.flatten().numpy()
+        folded = [sum(w[0, t].item() for t in taps) for taps in program.fold]
+        outputs = np.full_like(memory, np.nan)
+        for tile in range(f.tiles):
+            line, start = tile % f.lanes, tile // f.lanes * program.tile.length
+            if line >= f.lines:
+                continue
+            base = f.left + line * f.pitch + start
+            sums = np.zeros(program.tile.length)
+            for row, u, uses in f.pixels:
+                value = memory[f.left + (line + row) % f.lines * f.pitch + start + u]
+                for i, d in uses:
+                    sums[i] += folded[d] * value
+            outputs[base : base + len(sums)] = sums
+        taps = geometry.layer_taps(geometry.directions([angle]), kernel_size)
+        expected = portable.forward(x, w, None, taps, 1, False).flatten().numpy()
+        np.testing.assert_allclose(outputs[at], expected, rtol=0, atol=1e-12 * kernel_size)
+
+
+@pytest.mark.parametrize(("slots", "team"), [(0, 1), (1, 1), (7, 1), (500, 1), (9, 2), (500, 3)])
+def test_every_image_is_the_work_of_one_block(slots: int, team: int) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+
+    rows = [[(0, 0, 8), (0, 8, 5)], [(1, 13, 4)], [(2, 17, 4), (2, 21, 4), (2, 25, 1)]]
+    groups, images = [2, 1, 3], 37
+    starts, work, parts = cuda._work(rows, groups, [1.0, 5.0, 2.5], images, slots, team)
+    assert starts[0] == 0
+    assert starts[-1] == len(work)
+    assert (np.diff(starts) >= 0).all()
+    done: dict[tuple[int, ...], list[int]] = {}
+    numbers: dict[tuple[int, ...], list[int]] = {}
+    for *row, group, first, stop, part, _ in work.tolist():
+        done.setdefault((*row, group), []).extend(range(first, stop))
+        numbers.setdefault(tuple(row), []).append(part)
+    expected = {
+        (*row, group) for part, number in zip(rows, groups, strict=True) for row in part for group in range(number)
+    }
+    assert set(done) == expected
+    assert all(sorted(seen) == list(range(images)) for seen in done.values())
+    assert {row: sorted(seen) for row, seen in numbers.items()} == {row: list(range(n)) for row, n in parts.items()}
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

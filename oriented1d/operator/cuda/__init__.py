@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -131,19 +132,18 @@ class _Launch:
     grid: tuple[int, int, int]
     threads: int
     shared: int  # bytes
-    table: compiler.DeviceArray  # int32, a row for each block or group of blocks
+    constants: tuple[compiler.DeviceArray | int, ...]  # what the kernel takes between a call's pointers and flags
+    table: compiler.DeviceArray  # int32, a row for each block of the second stage of a weight gradient
     rows: int
-    sizes: tuple[int, ...]  # what the kernel takes after the table
     channels: int
     partial: tuple[int, int, int]  # shape of the blocks' parts of a weight gradient
     parts: int  # of them, as the second stage takes it
 
     def __post_init__(self) -> None:
-        table = int(self.table.pointer)
         self._config = compiler.config(self.grid, self.threads, self.shared)
-        self._constants = (table, *self.sizes)
+        self._constants = tuple(value if isinstance(value, int) else int(value.pointer) for value in self.constants)
         self._reduce_config = compiler.config((self.rows, 4, 1), 256, 0)
-        self._reduce_constants = (table, self.channels, self.parts)
+        self._reduce_constants = (int(self.table.pointer), self.channels, self.parts)
 
     def run(self, *pointers: int, after: tuple[int, ...] = ()) -> None:
         self.code.launch("run", self._config, *pointers, *self._constants, *after)
@@ -177,14 +177,16 @@ def _spec(
 
     ``widest`` is the number of channels of the commonest angle, ``outputs`` and ``image`` are the longer sides of both.
     """
-    length = 7 if outputs <= 7 else 14
     common = (kind, last, DTYPES[dtype])
-    if last:
+    # Frames of eight channels (32 bytes of each pixel) hold small images only, and are worth it for many taps.
+    small = image <= 14 or (image <= 28 and kernel_size > 15)
+    if last and not (dtype == torch.float32 and stride == 1 and small):
         # Two channels a thread halve the loads, but need twice the registers.
         vector = 2 if dtype.itemsize == 2 and even and kernel_size <= 31 and stride == 1 else 1
         blocks = 2 if vector == 2 or kernel_size > 31 else 3
         channels = 16 if vector == 2 and widest > 8 else 8
         along = 1 if outputs <= 14 else 2 if outputs <= 28 else 4
+        length = 7 if outputs <= 7 else 14
         for tiles in (32, 16, 8):
             strip = source.Blocks(tiles=tiles, along=min(along, tiles // 4), channels=channels, resident=blocks)
             spec = Spec(*common, vector, kernel_size, stride, angles, length, strip)
@@ -195,13 +197,27 @@ def _spec(
         for region in (56, 28, 14, 7):
             if outputs <= region // 2 and region > 7:
                 continue
-            length = min(14, region)
-            square = source.Blocks(region=region, whole=image <= region, resident=2 if kernel_size <= 31 else 1)
-            spec = Spec(*common, 1, kernel_size, stride, angles, length, square)
-            shared = source.planar_layout(spec)[2]
+            length = 14 if region == 56 else region
+            inner = region * (1 if kind == "adjoint" else stride)
+            ahead = dtype == torch.float32 and inner == region  # images of other strides and dtypes arrive when needed
+            square = source.Blocks(region=region, whole=image <= inner, stages=2 if ahead else 1)
+            spec, shared = _resident(Spec(*common, 1, kernel_size, stride, angles, length, square), memory)
+            if ahead and not (last and kind == "weight"):  # as long as that takes no place from other blocks
+                square = dataclasses.replace(square, stages=3)
+                deeper, more = _resident(dataclasses.replace(spec, block=square), memory)
+                if deeper.block.resident == spec.block.resident and more <= memory:
+                    spec, shared = deeper, more
             if shared <= memory:
                 break
     return spec, shared
+
+
+def _resident(spec: Spec, memory: int) -> tuple[Spec, int]:
+    """The same with the blocks that a processor has registers and shared memory for, and the bytes of one."""
+    _, threads, shared = source.planar_layout(spec)
+    registers = spec.length + spec.kernel_size + 50
+    resident = max(1, min(65536 // (threads * registers), (memory + 1024) // (shared + 1024)))
+    return dataclasses.replace(spec, block=dataclasses.replace(spec.block, resident=resident)), shared
 
 
 def _table(
@@ -254,20 +270,74 @@ def _mma_launch(
     groups = [row for row in table if row[2]]
     shares = mma.share(spec, groups, n, (hi, wi), (oh, ow), 2 * c * max(hi * wi, ho * wo), processors)
     splits = max(row[4] for row in shares.rows)
+    table_there = compiler.DeviceArray(np.array(shares.rows, dtype=np.int32), device)
     launch = _Launch(
         compiler.compile(spec, device),
         (shares.strips, len(shares.rows), 1),
         32 * max(count for _, _, count in groups),
         spec.shared_bytes,
-        compiler.DeviceArray(np.array(shares.rows, dtype=np.int32), device),
+        (table_there, n, c, hi, wi, ho, wo, int(shares.by_image)),
+        table_there,
         len(shares.rows),
-        (n, c, hi, wi, ho, wo, int(shares.by_image)),
         c,
         (splits * shares.strips, c, max(len(program.fold) for program, _ in mma.programs(spec)) + 1),
         shares.strips,
     )
     launch.code.reserve("run", spec.shared_bytes, device)
     return launch
+
+
+def _shares(start: int, stop: int, most: int, vector: int) -> list[tuple[int, int]]:
+    """Channels shared out evenly to blocks of ``most`` at most, in multiples of ``vector``."""
+    units = (stop - start) // vector
+    parts = -(-units // (most // vector))
+    edges = [start + units * i // parts * vector for i in range(parts + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def _work(
+    rows: list[list[tuple[int, int, int]]], groups: list[int], costs: list[float], images: int, slots: int, team: int
+) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, int, int], int]]:
+    """What each block does.
+
+    Args:
+        rows: for each program, ``(program, first channel, number of channels)`` of what a block works on at a time.
+        groups: for each program, the regions or strips of an image.
+        costs: for each program, what a row costs for one image and one group.
+        images: number of images.
+        slots: blocks that run at a time, between which all is shared out evenly; 0: one block for 16 images.
+        team: rows of a program that as many blocks work on side by side, because they lie in the same lines of memory.
+
+    Returns:
+        The first segment of each block ``(blocks + 1,)`` and the segments ``(S, 8)`` (program, first channel, number of
+        channels, group, first image, behind the last image, part, 0), both int32; and the number of parts of each row.
+    """
+    jobs = [
+        (part[i : i + team], group, cost)
+        for part, number, cost in zip(rows, groups, costs, strict=True)
+        for group in range(number)
+        for i in range(0, len(part), team)
+    ]
+    if slots:
+        cost = np.array([cost for _, _, cost in jobs])[:, None]
+        middle = np.cumsum(cost * images)[:, None] + (np.arange(images) + 0.5 - images) * cost
+        # Two rounds even out what the costs do not say, but are worth it only if a block has much to do.
+        rounds = 2 if len(jobs) * team * images >= 12 * slots else 1
+        teams = max(1, min(slots * rounds // team, len(jobs) * images))
+        owner = np.minimum((middle * (teams / (cost.sum() * images))).astype(np.int64), teams - 1)
+    else:
+        owner = np.arange(images) // 16 * len(jobs) + np.arange(len(jobs))[:, None]
+        teams = -(-images // 16) * len(jobs)
+    work: list[list[list[int]]] = [[] for _ in range(teams * team)]
+    parts: dict[tuple[int, int, int], int] = {}
+    for (members, group, _), owners in zip(jobs, owner, strict=True):
+        cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), images]
+        for (member, row), (first, stop) in itertools.product(enumerate(members), itertools.pairwise(cuts)):
+            part = parts.get(row, 0)
+            work[owners[first] * team + member].append([*row, group, first, stop, part, 0])
+            parts[row] = part + 1
+    starts = np.cumsum([0, *map(len, work)], dtype=np.int32)
+    return starts, np.array([segment for block in work for segment in block], dtype=np.int32), parts
 
 
 @functools.lru_cache(maxsize=4096)
@@ -303,34 +373,43 @@ def _launches(
             memory,
         )  # fmt: skip
         programs = source.programs(spec)
-        if last:
-            most = spec.block.channels
-        else:
+        if spec.block.region:
             most, threads, _ = source.planar_layout(spec)
-        table, per_program = _table(taps, angles, phases, most, spec.vector)
-        rows = len(table)
-        granule = 0
-        if last:
-            threads = spec.block.tiles * max(count for _, _, count in table) // spec.vector
-            granule = _granule(taps, table, dtype.itemsize, alignment)
-            groups = max(source.strips(spec, program, oh, ow) for program in programs)
         else:
-            groups = -(-oh // spec.block.region) * -(-ow // spec.block.region)
-        # A block works on several images, which spreads the cost of its start, as long as there are blocks enough.
-        images = max(1, min(16, n * rows * groups // (processors * 4)))
-        splits = -(-n // images)
+            most = (spec.block.channels,) * len(programs)
+        rows: list[list[tuple[int, int, int]]] = [[] for _ in programs]
+        for run in taps.runs:
+            if run.angle not in angles:
+                continue
+            for program in range(angles.index(run.angle) * phases, (angles.index(run.angle) + 1) * phases):
+                for start, stop in _shares(run.start, run.stop, most[program], spec.vector):
+                    rows[program].append((program, start, stop - start))
+        table = list(itertools.chain(*rows))
+        slots, team = 0, 1
+        copies: compiler.DeviceArray | int = 0
+        if spec.block.region:
+            groups = [-(-oh // spec.block.region) * -(-ow // spec.block.region)] * len(programs)
+            slots = processors * spec.block.resident
+            team = min(16, *map(len, rows)) if last else 1
+            if source.listed(spec):
+                copies = compiler.DeviceArray(source.places(spec, hi, wi), device)
+        else:
+            groups = [source.strips(spec, program, oh, ow) for program in programs]
+            threads = spec.block.tiles * max(count for _, _, count in table) // spec.vector
+            copies = _granule(taps, table, dtype.itemsize, alignment)
+        starts, work, parts = _work(rows, groups, source.costs(spec), n, slots, team)
         result.append(
             _Launch(
                 compiler.compile(spec, device),
-                (rows * groups, splits, 1),
+                (len(starts) - 1, 1, 1),
                 threads,
                 shared,
-                compiler.DeviceArray(np.array(table, dtype=np.int32), device),
-                rows,
-                (rows, per_program, n, c, hi, wi, ho, wo, images, granule),
+                (compiler.DeviceArray(starts, device), compiler.DeviceArray(work, device), c, hi, wi, ho, wo, copies),
+                compiler.DeviceArray(np.array([(*row, parts[row]) for row in table], dtype=np.int32), device),
+                len(table),
                 c,
-                (splits * groups, c, max(len(program.fold) for program in programs) + 1),
-                splits * groups,
+                (max(parts.values()), c, max(len(program.fold) for program in programs) + 1),
+                0,
             )
         )
         result[-1].code.reserve("run", shared, device)

@@ -21,11 +21,12 @@ class Blocks:
     """What a block of threads works on.
 
     Attributes:
-        tiles: its tiles (channels_last).
-        along: how many of them follow each other along a line (channels_last).
-        channels: its channels at most (channels_last).
-        region: side of its square of outputs (contiguous).
-        whole: no image is larger than a region (contiguous).
+        tiles: its tiles (strips).
+        along: how many of them follow each other along a line (strips).
+        channels: its channels at most (strips).
+        region: side of its square of outputs (planes); 0 for strips.
+        whole: no image is larger than a region (planes).
+        stages: images in shared memory at a time: one is worked on while the others arrive (planes).
         resident: blocks that a processor has registers for.
     """
 
@@ -34,6 +35,7 @@ class Blocks:
     channels: int = 0
     region: int = 0
     whole: bool = True
+    stages: int = 1
     resident: int = 2
 
 
@@ -182,9 +184,41 @@ __device__ __forceinline__ void add(F& a, F b) { a.x += b.x; a.y += b.y; }
 """
 
 
+_ASYNC = r"""
+// Start copying `bytes` (4, 8 or 16) to shared memory; it has arrived after the next `arrived()` of its group.
+template <int bytes> __device__ __forceinline__ void start_copy(T* to, const T* from) {
+#if __CUDA_ARCH__ >= 800
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    if (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(address), "l"(from), "n"(bytes) : "memory");
+#else
+    for (int i = 0; i < bytes / (int)sizeof(T); ++i) to[i] = from[i];
+#endif
+}
+__device__ __forceinline__ void end_group() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int later> __device__ __forceinline__ void arrived() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(later) : "memory");
+#endif
+}
+"""
+
+# A block does its list of segments, one after the other: images n0 to n1 - 1 of some channels.
+_SEGMENTS = r"""
+    const int C = (int)C_, hi = (int)hi_, wi = (int)wi_, ho = (int)ho_, wo = (int)wo_;
+    for (int segment = first[blockIdx.x], end = first[blockIdx.x + 1]; segment < end; ++segment) {
+    const int4 what = work[2 * segment], when = work[2 * segment + 1];
+    const int program = what.x, c0 = what.y, count = what.z, group = what.w, n0 = when.x, n1 = when.y;
+"""
+
+
 def source(spec: Spec) -> str:
-    parts = [_PRELUDE, _TYPES[spec.dtype], f"#define K {spec.kernel_size}\n"]
-    if spec.channels_last:
+    parts = [_PRELUDE, _TYPES[spec.dtype], _ASYNC, f"#define K {spec.kernel_size}\n"]
+    if not spec.block.region:
         parts.append(_ONE if spec.vector == 1 else _TWO + _VECTOR[spec.dtype, spec.vector])
         parts.append(_channels_last(spec))
     else:
@@ -262,26 +296,6 @@ def strip_bytes(spec: Spec) -> int:
 
 
 _COPY = r"""
-// Start copying `bytes` (4, 8 or 16) to shared memory; it has arrived after the next `arrived()` of its group.
-template <int bytes> __device__ __forceinline__ void start_copy(T* to, const T* from) {
-#if __CUDA_ARCH__ >= 800
-    const u32 address = (u32)__cvta_generic_to_shared(to);
-    if (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(address), "l"(from), "n"(bytes) : "memory");
-#else
-    for (int i = 0; i < bytes / (int)sizeof(T); ++i) to[i] = from[i];
-#endif
-}
-__device__ __forceinline__ void end_group() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int later> __device__ __forceinline__ void arrived() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" :: "n"(later) : "memory");
-#endif
-}
 // Where the pixels of a strip come from. Line l, column k is the pixel at u = u0 + k,
 // v = v0 + l + floor((k * advance + phase) / length); -1 if that lies outside the image.
 template <int lines, int columns, int advance, int phase, int length>
@@ -442,13 +456,7 @@ def _channels_last(spec: Spec) -> str:
     body = "\n".join(cases)
     if weight:
         head, tail = "const T* __restrict__ x, const T* __restrict__ g, float* __restrict__ partial,", ""
-        setup = (
-            "const int part = blockIdx.y * groups + group;\n"
-            "    float* const red = (float*)memory;\n"
-            # Blocks without work leave zeros to the second stage.
-            f"    for (int i = threadIdx.x; i < count * {most + 1}; i += blockDim.x)\n"
-            f"        partial[((i64)part * C + c0 + i / {most + 1}) * {most + 1} + i % {most + 1}] = 0.f;"
-        )
+        setup = "const int part = when.z;\n    float* const red = (float*)memory;"
     else:
         head = "const T* __restrict__ x, T* __restrict__ y, const T* __restrict__ w, const T* __restrict__ bias,"
         tail = ", i64 reverse, i64 identity_"
@@ -466,19 +474,14 @@ def _channels_last(spec: Spec) -> str:
 {_COPY}
 extern "C" __global__ void __launch_bounds__({spec.block.tiles * spec.block.channels // spec.vector}, {spec.block.resident}) run(
     {head}
-    const int* __restrict__ table, i64 rows, i64 per, i64 N_, i64 C_, i64 hi_, i64 wi_, i64 ho_, i64 wo_, i64 images,
+    const int* __restrict__ first, const int4* __restrict__ work, i64 C_, i64 hi_, i64 wi_, i64 ho_, i64 wo_,
     i64 granule_{tail})
 {{
     extern __shared__ __align__(16) unsigned char memory[];
-    const int C = (int)C_, hi = (int)hi_, wi = (int)wi_, ho = (int)ho_, wo = (int)wo_, granule = (int)granule_;
-    // Blocks that run at the same time should share their code, and the lines of memory that they read parts of.
-    const int groups = gridDim.x / (u32)rows, block = blockIdx.x / (u32)(per * groups), rest = blockIdx.x % (u32)(per * groups);
-    const int entry = block * (int)per + rest % (u32)per, group = rest / (u32)per;
-    const int program = table[3 * entry], c0 = table[3 * entry + 1], count = table[3 * entry + 2];
-    if (count == 0) return;
+    {_SEGMENTS}
+    const int granule = (int)granule_;
     const int lanes = count / V, lane = threadIdx.x % lanes, slot = threadIdx.x / lanes;
     const int c = c0 + lane * V;
-    const int n0 = blockIdx.y * (int)images, n1 = min(n0 + (int)images, (int)N_);
     int* const offsets = (int*)(memory + {2 * (pixels + grads)} * CHANNELS * sizeof(T));
     #define strips_at(i) ((T*)memory + (i) * {(pixels + grads)} * CHANNELS)
     for (int i = threadIdx.x; i < {2 * (pixels + grads)} * CHANNELS * (int)sizeof(T) / 4; i += blockDim.x) ((int*)memory)[i] = 0;
@@ -487,8 +490,10 @@ extern "C" __global__ void __launch_bounds__({spec.block.tiles * spec.block.chan
     switch (program) {{
 {body}
     }}
+    __syncthreads();
+    }}
 }}
-{reduce(spec) if weight else ""}
+{reduce(spec, 4, "row[3]") if weight else ""}
 """
 
 
@@ -524,282 +529,422 @@ extern "C" __global__ void reduce(
 """
 
 
-# contiguous (NCHW) ---------------------------------------------------------------------------------------------------
-# A block owns a region of the planes of a few neighbouring channels. The input lies in shared memory as float, with a
-# margin of zeros. While one image is worked on, the numbers of the next are on their way to registers.
+# contiguous (NCHW), and small images in channels_last -----------------------------------------------------------------
+# A block owns a region of the planes of a few channels. In shared memory every plane is a frame of lines that follow the
+# kernel's direction: there all taps of all outputs of a line lie in that line and the few next to it, at constant
+# offsets. While one image is worked on, the next is on its way (cp.async).
 
 
 @dataclasses.dataclass(frozen=True)
-class Plane:
-    """Shared memory of one plane of a program, in numbers."""
+class Frame:
+    """Shared memory of one plane of a program, in numbers.
 
-    outputs: tuple[tuple[int, int], ...]  # (y, x) of the tile
-    pixels: tuple[tuple[int, int, Uses], ...]  # (y, x, uses)
-    across: tuple[int, int]  # origins of tiles across: from the first to before the last
-    top: int  # row of the input's first row, relative to the region's first pixel
-    left: int  # zeros before a row, which also end the row before
+    The pixel ``(u, v)`` of a region lies in line ``(v - drift(u)) % lines``, at ``u``: lines that leave the region on
+    one side go on with the pixels that enter it on the other. As many lines as the taps reach across lie free between
+    the two, so that nothing is mistaken for a neighbour.
+    """
+
+    pixels: tuple[tuple[int, int, Uses], ...]  # (line, u, uses) of a tile
+    lines: int  # of outputs
+    lanes: int  # threads for them; some may have nothing to do
+    pairs: bool  # whether numbers are taken two at a time
+    left: int  # zeros before the first number of a line, which also end the line before
     pitch: int
     size: int
-    out_top: int
     out_left: int
     out_pitch: int
     out_size: int
     tiles: int
-    halo: tuple[int, int]  # rows and columns that the taps reach beyond a region
+    reach: tuple[int, int]  # rows and columns that the taps reach beyond a region
 
 
-def plane(spec: Spec, program: Program) -> Plane:
+def frame(spec: Spec, program: Program) -> Frame:
     tile, m, length = program.tile, spec.block.region, spec.length
     s = 1 if spec.kind == "adjoint" else spec.stride
-    outputs = tuple((u, v) if tile.steep else (v, u) for u, v in tile.outputs)
-    pixels = tuple(sorted((u, v, uses) if tile.steep else (v, u, uses) for u, v, uses in tile.pixels))
-    drifts = [v for _, v in tile.outputs]
-    across = (-max(drifts), m - min(drifts))
-    ys = [y for y, _, _ in pixels] or [0]
-    xs = [x for _, x, _ in pixels] or [0]
-    y_range = (0, m - length) if tile.steep else (across[0], across[1] - 1)
-    x_range = (across[0], across[1] - 1) if tile.steep else (0, m - length)
-    halo_y = max(abs(dy) for dy, _ in program.taps) if len(program.taps) else 0
-    halo_x = max(abs(dx) for _, dx in program.taps) if len(program.taps) else 0
-    top = min(-halo_y, y_range[0] * s + min(ys))
-    bottom = max(m * s - 1 + halo_y, y_range[1] * s + max(ys))
-    left = max(halo_x, -(x_range[0] * s + min(xs)), x_range[1] * s + max(xs) - (m * s - 1))
-    # A region inside a larger image has pixels of it on both sides, so rows cannot share their margins.
-    pitch = (m * s + (left if spec.block.whole else 2 * left)) | 1
-    margin = (-across[0], across[1] - m)
-    out_top, out_left = (0, max(margin)) if tile.steep else (max(margin), 0)
-    if spec.kind != "weight":
-        out_top = out_left = 0
-    out_pitch = (m + 2 * out_left) | 1
-    return Plane(
-        outputs,
-        pixels,
-        across,
-        top,
-        left,
-        pitch,
-        (bottom - top + 1) * pitch + 2 * left,
-        out_top,
-        out_left,
-        out_pitch,
-        (m + 2 * out_top) * out_pitch,
-        m // length * (across[1] - across[0]),
-        (halo_y, halo_x),
-    )
+    along = m // length
+    reach_y = max((abs(dy) for dy, _ in program.taps), default=0)
+    reach_x = max((abs(dx) for _, dx in program.taps), default=0)
+    reach_u, reach_v = (reach_y, reach_x) if tile.steep else (reach_x, reach_y)
+    pixels = [(v - _in_drift(spec, tile, u), u, uses) for u, v, uses in tile.pixels]
+    if spec.block.whole:  # pixels beside the image are zeros to every tile
+        pixels = [p for p in pixels if -(along - 1) * length * s <= p[1] < m * s]
+    us = [u for _, u, _ in pixels] or [0]
+    beside = max((abs(line) for line, _, _ in pixels), default=0)
+    left = max(0, -min(us))
+    right = max(0, max(us) + (along - 1) * length * s - (m * s - 1))
+    if spec.block.whole:
+        drifts = [_in_drift(spec, tile, u) for u in range(m * s)]
+        lines = m + -(-min(reach_v, max(drifts) - min(drifts) + beside) // s)
+        left += left % 2
+        least = m * s + max(left, right)
+    else:
+        lines = m - (-2 * reach_v // s)
+        left = max(left, reach_u)
+        left += left % 2
+        least = left + m * s + max(right, reach_u)
+    pairs = along == 1 or (beside == 0 and length % 2 == 0)
+    # Warps that do not cross from one tile of a line to the next meet in fewer banks.
+    lanes = -(-lines // 32) * 32 if not pairs and -(-lines // 32) * 32 * along <= 256 else lines
+    pitch = _pitch(tile, m * s, tile.phase * s, lines * s, least, pairs)
+    size = lines * s * pitch
+    if spec.channels_last:  # neighbouring channels four banks apart
+        size += (4 - size) % 32
+    out = (left, pitch, size) if s == 1 else (0, m + 2 + m % 2, lines * (m + 2 + m % 2))
+    return Frame(
+        tuple(sorted(pixels, key=lambda p: p[:2])), lines, lanes, pairs, left, pitch, size, *out, lanes * along,
+        (reach_y, reach_x),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _pitch(tile: Tile, side: int, phase: int, lines: int, least: int, pairs: bool) -> int:
+    """The pitch, ``least`` or a little more, with which neighbouring pixels of an image meet in few banks.
+
+    Numbers at the same place of neighbouring lines lie in different banks if it is odd, and pairs of them if it is two
+    more than a multiple of four.
+    """
+    y, x = np.divmod(np.arange(16 * 32), side)
+    u, v = (y, x) if tile.steep else (x, y)
+    line = (v - (u * tile.advance + phase) // tile.length) % lines
+    best, fewest = least, None
+    step, first = (4, least + (2 - least) % 4) if pairs else (2, least + 1 - least % 2)
+    for pitch in range(first, first + 4 * step, step):
+        banks = ((line * pitch + u) % 32).reshape(16, 32)
+        waves = sum(int(np.bincount(row).max()) for row in banks)
+        if fewest is None or waves < fewest:
+            best, fewest = pitch, waves
+    return best
+
+
+def listed(spec: Spec) -> bool:
+    """Whether the places of an image's numbers in shared memory are listed by ``places``."""
+    return spec.block.whole and spec.stride == 1
+
+
+def places(spec: Spec, height: int, width: int) -> np.ndarray:
+    """Where the numbers of an image lie in the frames of each program, in bytes: uint16.
+
+    For each program the numbers of all planes of a block, in the order of memory (one plane in channels_last).
+    """
+    parts = []
+    for number, program in zip(planar_layout(spec)[0], programs(spec), strict=True):
+        f, tile = frame(spec, program), program.tile
+        y, x = np.divmod(np.arange(height * width), width)
+        u, v = (y, x) if tile.steep else (x, y)
+        at = f.left + (v - (u * tile.advance + tile.phase) // tile.length) % f.lines * f.pitch + u
+        planes = 1 if spec.channels_last else number
+        parts.append((4 * (np.arange(planes)[:, None] * f.size + at)).ravel())
+        assert 4 * (f.left + number * f.size) < 2**16
+    return np.concatenate(parts).astype(np.uint16)
 
 
 @functools.lru_cache(maxsize=256)
-def planar_layout(spec: Spec) -> tuple[int, int, int]:
-    """Planes of a block, threads of a block, bytes of shared memory."""
-    planes = [plane(spec, program) for program in programs(spec)]
-    tiles = max(p.tiles for p in planes)
-    floats = max(p.size + p.out_size for p in planes)
-    number = max(1, min(256 // tiles, 65536 // (4 * floats)))
-    threads = -(-number * tiles // 32) * 32
-    floats *= number
-    if spec.block.whole and spec.stride == 1:  # and the positions, of two bytes
-        floats += number * spec.block.region**2
+def planar_layout(spec: Spec) -> tuple[tuple[int, ...], int, int]:
+    """Planes of a block for each program, threads of a block, bytes of shared memory."""
+    frames = [frame(spec, program) for program in programs(spec)]
+    if spec.channels_last:
+        numbers = [max(8, 256 // f.tiles // 8 * 8) for f in frames]
+    else:
+        target = 256 if spec.block.region > 28 else 128
+        numbers = [max(1, min(target // f.tiles, 16000 // f.size)) for f in frames]
+    threads = -(-max(number * f.tiles for number, f in zip(numbers, frames, strict=True)) // 32) * 32
+    floats = max(_floats(spec, f, number) for number, f in zip(numbers, frames, strict=True))
     if spec.kind == "weight":
         floats = max(floats, 8 * threads)
-    return number, threads, 4 * floats
+    return tuple(numbers), threads, 4 * floats
+
+
+def _sizes(f: Frame, number: int) -> tuple[int, int]:
+    """Numbers of a block's frames of the input and of the outputs (or their gradients): multiples of four."""
+    return -(-(f.left + number * f.size) // 4) * 4, -(-(f.out_left + number * f.out_size) // 4) * 4
+
+
+def _floats(spec: Spec, f: Frame, number: int) -> int:
+    inputs, outputs = _sizes(f, number)
+    return spec.block.stages * inputs + (spec.block.stages if spec.kind == "weight" else 1) * outputs
+
+
+def costs(spec: Spec) -> list[float]:
+    """For each program, roughly the instructions of a block for one image and one region; strips are all alike."""
+    if not spec.block.region:
+        return [1.0] * len(programs(spec))
+    numbers, threads, _ = planar_layout(spec)
+    result = []
+    for number, program in zip(numbers, programs(spec), strict=True):
+        f = frame(spec, program)
+        uses = sum(len(uses) for _, _, uses in f.pixels) + 0.6 * len(f.pixels)
+        moves = 8 * number * spec.block.region**2 / threads + 40
+        result.append(-(-number * f.tiles // 32) * uses + threads // 32 * moves)
+    return result
 
 
 _PLANES = r"""
-// i / d and the remainder, for i * d < 2**32.
-struct Divide {
-    u32 d, magic;
-    __device__ __forceinline__ explicit Divide(int by) : d(max(by, 1)), magic(by <= 1 ? 0u : 0xffffffffu / (u32)by + 1u) {}
-    __device__ __forceinline__ int operator()(int i) const { return magic ? (int)__umulhi((u32)i, magic) : i; }
-};
-// What a block reads of its planes: `planes` of them, `rows` x `cols` numbers of each.
-struct Part {
-    int planes, rows, cols, total;
-    Divide by_plane, by_row;
-    __device__ __forceinline__ Part(int planes, int rows, int cols)
-        : planes(planes), rows(rows), cols(cols), total(planes * rows * cols), by_plane(rows * cols), by_row(cols) {}
-    __device__ __forceinline__ int at(int i, int plane_step, int row_step) const {
-        const int plane = by_plane(i), rest = i - plane * rows * cols, row = by_row(rest);
-        return plane * plane_step + row * row_step + rest - row * cols;
+extern __shared__ __align__(16) float smem[];
+// Addresses are those of shared memory, in bytes. The plain road of 16 bits, and of old processors, counts from smem.
+__device__ __forceinline__ u32 start() { return sizeof(T) == 4 ? (u32)__cvta_generic_to_shared(smem) : 0u; }
+__device__ __forceinline__ float& at(u32 address) { return *(float*)((char*)smem + (address - start())); }
+// Bring a number; it is there after `arrived()`.
+__device__ __forceinline__ void bring(u32 to, const T* from, bool there = true) {
+#if __CUDA_ARCH__ >= 800
+    if (sizeof(T) == 4) {
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], 4; }"
+            :: "r"(to), "l"(from), "r"((int)there) : "memory");
+        return;
+    }
+#endif
+    if (there) at(to) = to_float(__ldg(from));
+}
+// Take a number away. (It is loaded in any case: else its register would have to keep what it held before.)
+__device__ __forceinline__ void take(T* to, u32 from, bool there = true) {
+    if (sizeof(T) == 4)
+        asm volatile("{ .reg .pred p; .reg .f32 v; setp.ne.b32 p, %2, 0; ld.shared.f32 v, [%1]; @p st.global.f32 [%0], v; }"
+            :: "l"(to), "r"(from), "r"((int)there) : "memory");
+    else if (there) *to = from_float(at(from));
+}
+// The numbers of an image that a thread brings and takes away: where they lie in memory and in shared memory.
+template <int numbers> struct Places {
+    u32 pairs[(numbers + 1) / 2];
+    int mine, offset, hop;
+    // `planes` channels lie behind each other: thread t has the numbers t, t + threads ...
+    __device__ __forceinline__ void behind(const u16* list, int threads, int all) {
+        offset = threadIdx.x; hop = threads;
+        read(list, threadIdx.x, threads, all, 0);
+    }
+    // `count` channels lie next to each other: a thread keeps to one of them.
+    __device__ __forceinline__ void beside(const u16* list, int threads, int pixels, int count, int C, u32 plane) {
+        const int channel = threadIdx.x % count, pixel = threadIdx.x / count, stride = threads / count;
+        offset = pixel * C + channel; hop = stride * C;
+        read(list, pixel, stride, pixel < stride ? pixels : 0, channel * plane);
+    }
+    __device__ __forceinline__ void read(const u16* list, int first, int stride, int all, u32 more) {
+        mine = first < all ? (all - first - 1) / stride + 1 : 0;
+        #pragma unroll
+        for (int k = 0; k < (numbers + 1) / 2; ++k)
+            pairs[k] = (2 * k < mine ? list[first + 2 * k * stride] + more : 0)
+                | (2 * k + 1 < mine ? list[first + (2 * k + 1) * stride] + more : 0) << 16;
+    }
+    __device__ __forceinline__ u32 place(int k) const {  // not worked out ahead, for want of registers
+        u32 half; asm volatile("prmt.b32 %0, %1, 0, %2;" : "=r"(half) : "r"(pairs[k / 2]), "r"(k % 2 ? 0x4432 : 0x4410)); return half;
+    }
+    __device__ __forceinline__ void fill(u32 frame, const T* __restrict__ from, bool come) const {
+        const int coming = come ? mine : 0;
+        #pragma unroll
+        for (int k = 0; k < numbers; ++k) bring(frame + place(k), from + offset + k * hop, k < coming);
+    }
+    __device__ __forceinline__ void drain(T* __restrict__ to, u32 frame) const {
+        #pragma unroll
+        for (int k = 0; k < numbers; ++k) take(to + offset + k * hop, frame + place(k), k < mine);
     }
 };
-// The index of a thread, hidden from the compiler: what follows from it is the same for all images, and worked out ahead
-// of the loop over images it would take too many registers.
-__device__ __forceinline__ int thread() { int t = threadIdx.x; asm volatile("" : "+r"(t)); return t; }
-// Whole planes on their way to shared memory, `numbers` in each thread. They lie behind each other.
-template <int numbers, int threads> struct Batch {
-    T values[numbers];
-    __device__ __forceinline__ void fetch(const T* __restrict__ from, const Part& part) {
-        const int t = thread();
+// Numbers of 16 bits, which have to be converted, wait in registers, two in each.
+template <int numbers> struct Batch {
+    u32 pairs[(numbers + 1) / 2];
+    __device__ __forceinline__ void fetch(const Places<numbers>& places, const T* __restrict__ from) {
+        from += places.offset;
+        #pragma unroll
+        for (int k = 0; k < numbers; k += 2) {
+            const u32 low = k < places.mine ? (u32)__ldg(from + k * places.hop) : 0u;
+            const u32 high = k + 1 < places.mine ? (u32)__ldg(from + (k + 1) * places.hop) : 0u;
+            pairs[k / 2] = low | high << 16;
+        }
+    }
+    __device__ __forceinline__ void put(const Places<numbers>& places, u32 frame) const {
         #pragma unroll
         for (int k = 0; k < numbers; ++k)
-            if (t + k * threads < part.total) values[k] = __ldg(from + t + k * threads);
-    }
-    __device__ __forceinline__ void put(float* to, const u16* positions, const Part& part) const {
-        const int t = thread();
-        #pragma unroll
-        for (int k = 0; k < numbers; ++k)
-            if (t + k * threads < part.total) to[positions[t + k * threads]] = to_float(values[k]);
+            if (k < places.mine) at(frame + places.place(k)) = to_float((T)(pairs[k / 2] >> k % 2 * 16));
     }
 };
-// Where numbers that lie behind each other in an image lie in shared memory.
-template <int threads>
-__device__ __noinline__ void list(u16* positions, int plane_step, int row_step, Part part) {
-    for (int i = threadIdx.x; i < part.total; i += threads) positions[i] = (u16)part.at(i, plane_step, row_step);
+// Where the pixel (y, x) of a region lies in a frame.
+template <bool steep, int advance, int phase, int length, int lines, int pitch>
+__device__ __forceinline__ int place(int y, int x) {
+    constexpr int lift = 4096;  // keeps the dividends positive
+    const int u = steep ? y : x, v = steep ? x : y;
+    const int drift = advance == 0 ? 0 : (int)((u32)(u * advance + phase + lift * length) / length) - lift;
+    return (int)((u32)(v - drift + 64 * lines) % lines) * pitch + u;
 }
-// Whole planes of outputs back to the image.
-template <int numbers, int threads>
-__device__ __forceinline__ void give(T* __restrict__ to, const float* from, const u16* positions, const Part& part) {
-    const int t = thread();
-    #pragma unroll
-    for (int k = 0; k < numbers; ++k)
-        if (t + k * threads < part.total) to[t + k * threads] = from_float(from[positions[t + k * threads]]);
-}
-// The same in one go, for parts of planes.
-template <int threads>
-__device__ __noinline__ void copy(float* to, int plane_to, int row_to, const T* __restrict__ from, int plane_from, int row_from, Part part)
-{
-    #pragma unroll 4
-    for (int i = threadIdx.x; i < part.total; i += threads)
-        to[part.at(i, plane_to, row_to)] = to_float(__ldg(from + part.at(i, plane_from, row_from)));
-}
-// Copy planes of shared memory to an image, along its rows.
-template <int threads>
-__device__ __noinline__ void drain(T* __restrict__ to, int plane_to, int row_to, int step, const float* from,
-                                   int plane_from, int row_from, Part part)
-{
-    #pragma unroll 4
-    for (int i = threadIdx.x; i < part.total; i += threads) {
-        const int plane = part.by_plane(i), rest = i - plane * part.rows * part.cols, row = part.by_row(rest);
-        const int col = rest - row * part.cols;
-        to[plane * plane_to + row * row_to + col * step] = from_float(from[plane * plane_from + row * row_from + col]);
-    }
+// Every pixel of a part of an image, `lanes` columns at a time.
+template <int threads, int lanes, class Act>
+__device__ __forceinline__ void walk(int planes, int rows, int cols, const Act& act) {
+    for (int p = 0; p < planes; ++p)
+        for (int x = threadIdx.x % lanes; x < cols; x += lanes)
+            #pragma unroll 4
+            for (int y = threadIdx.x / lanes; y < rows; y += threads / lanes) act(p, y, x);
 }
 """
 
 
+def _pairs(numbers: list[int]) -> list[tuple[int, bool]]:
+    """Ascending numbers, taken two at a time where an even one and the next are among them."""
+    there, result = set(numbers), []
+    for u in numbers:
+        if u % 2 == 0 and u + 1 in there:
+            result.append((u, True))
+        elif u % 2 == 0 or u - 1 not in there:
+            result.append((u, False))
+    return result
+
+
 def _planar(spec: Spec) -> str:
-    number, threads, _ = planar_layout(spec)
+    numbers, threads, shared = planar_layout(spec)
     weight = spec.kind == "weight"
     so = spec.stride if spec.kind == "adjoint" else 1
     si = 1 if spec.kind == "adjoint" else spec.stride
-    m, length = spec.block.region, spec.length
+    m, length, stages = spec.block.region, spec.length, spec.block.stages
     centre = (spec.kernel_size - 1) // 2
     most = max(len(program.fold) for program in programs(spec))
     cases = []
     for index, program in enumerate(programs(spec)):
-        p, tile, (a, b) = plane(spec, program), program.tile, program.phase
-        span = p.across[1] - p.across[0]
-        halo_y, halo_x = (0, 0) if spec.block.whole else p.halo
-        # Numbers of the next image that each thread holds; strided input is too much for that.
-        numbers = -(-number * m * m // threads) if spec.block.whole and si == so == 1 else 0
+        f, tile, (a, b), number = frame(spec, program), program.tile, program.phase, numbers[index]
+        # Shared memory: frames of the input, one for each stage; then one of the outputs, or one of gradients each.
+        in_size, out_size = _sizes(f, number)
+        outputs = stages * in_size
+        zeros = outputs + stages * out_size if weight else outputs
+        rows = sorted({line for line, _, _ in f.pixels}) or [0]
         out = [f"case {index}: {{"]
         out += [
             f"const int oh = (ho - {a} + {so - 1}) / {so}, ow = (wo - {b} + {so - 1}) / {so};",
             "if (ry >= oh || rx >= ow) break;",
-            f"const int rows_out = min({m}, oh - ry), cols_out = min({m}, ow - rx);",
-            f"const int tile = threadIdx.x % {p.tiles}, plane = threadIdx.x / {p.tiles};",
-            "const bool active = plane < count;",
-            f"const int along = tile / {span} * {length}, across = tile % {span} + {p.across[0]};",
-            "const int y0 = along, x0 = across;" if tile.steep else "const int y0 = across, x0 = along;",
-            f"float* const input = smem; float* const output = smem + {number * p.size};",
-            f"u16* const positions = (u16*)(smem + {number * (p.size + p.out_size)});",
-            f"for (int i = threadIdx.x; i < {number * (p.size + p.out_size)}; i += {threads}) smem[i] = 0.f;",
-            # The part of the image that the region reads.
-            f"const int top = max(0, ry * {si} - {halo_y}), left = max(0, rx * {si} - {halo_x});",
-            f"const int rows_in = min(hi, (ry + {m}) * {si} + {halo_y}) - top;",
-            f"const int cols_in = min(wi, (rx + {m}) * {si} + {halo_x}) - left;",
-            f"float* const corner = input + (top - ry * {si} - {p.top}) * {p.pitch} + left - rx * {si} + {p.left};",
-            f"const float* const pixel = input + plane * {p.size} + (y0 * {si} - {p.top}) * {p.pitch}"
-            f" + x0 * {si} + {p.left};",
-            f"float* const mine = output + plane * {p.out_size} + (y0 + {p.out_top}) * {p.out_pitch} + x0 + {p.out_left};",
-            "const Part in(count, rows_in, cols_in), mid(count, rows_out, cols_out);",
+            f"const int tile = threadIdx.x % {f.tiles}, plane = threadIdx.x / {f.tiles};",
+            f"const int line = tile % {f.lanes}, start = tile / {f.lanes} * {length};",
+            # Only the places of pixels are ever written again.
+            f"for (int i = threadIdx.x; i < {zeros // 4}; i += {threads})"
+            " ((float4*)smem)[i] = make_float4(0.f, 0.f, 0.f, 0.f);",
+            f"const int mine = {outputs + f.out_left} + plane * {f.out_size} + line * {f.out_pitch} + start;",
         ]
-        source_x = "x + ((i64){0} * C + c0) * hi * wi + (i64)top * wi + left"
-        source_g = "g + ((i64){0} * C + c0) * ho * wo + (i64)ry * wo + rx"
-        to_x = f"corner, {p.size}, {p.pitch}"
-        to_g = f"output + {p.out_top * p.out_pitch + p.out_left}, {p.out_size}, {p.out_pitch}"
-        fetch, put = [], []
-
-        if numbers:
-            out.append(f"Batch<{numbers}, {threads}> next;")
-            fetch.append(f"next.fetch({source_x}, in);")
-            put.append("next.put(corner, positions, in);")
-            out.append(f"list<{threads}>(positions, {p.size}, {p.pitch}, in);")
-            if weight or not tile.steep:
-                out.append(f"list<{threads}>(positions + {number * m * m}, {p.out_size}, {p.out_pitch}, mid);")
+        for i, row in enumerate(rows):
+            shift = row % (f.lines * si)
+            out.append(
+                f"const int at{i} = {f.left} + plane * {f.size} + (line * {si} + {shift}) % {f.lines * si} * {f.pitch}"
+                f" + start * {si};"
+            )
+        # How an image comes to shared memory, and what is begun once it is there.
+        fill: list[str] = []
+        after: list[str] = []
+        if listed(spec):
+            each = -(-m * m // (threads // number)) if spec.channels_last else -(-number * m * m // threads)
+            out.append(f"Places<{each}> places;")
+            if spec.channels_last:
+                out.append(f"places.beside(list + {index} * hi * wi, {threads}, hi * wi, count, C, {4 * f.size});")
+                corner = "c0"
+            else:
+                out.append(f"places.behind(list + {sum(numbers[:index])} * hi * wi, {threads}, count * hi * wi);")
+                corner = "(i64)c0 * hi * wi"
+            tensors = [("x", f"x + (i64)NEXT * C * hi * wi + {corner}", "address", in_size)]
             if weight:
-                out.append(f"Batch<{numbers}, {threads}> next_g;")
-                fetch.append(f"next_g.fetch({source_g}, mid);")
-                corner_g = f"output + {p.out_top * p.out_pitch + p.out_left}"
-                put.append(f"next_g.put({corner_g}, positions + {number * m * m}, mid);")
+                there = f"address + {4 * outputs}"
+                tensors.append(("g", f"g + (i64)NEXT * C * ho * wo + {corner}", there, out_size))
+            for name, origin, frames, size in tensors:
+                if stages > 1:
+                    fill.append(f"places.fill({frames} + in * {4 * size}, {origin.replace('NEXT', 'next')}, come);")
+                else:
+                    out += [f"Batch<{each}> {name}_; {name}_.fetch(places, {origin.replace('NEXT', 'n0')});"]
+                    fill.append(f"{name}_.put(places, {frames});")
+                    after.append(f"if (n + 1 < n1) {name}_.fetch(places, {origin.replace('NEXT', '(n + 1)')});")
+            drain = f"places.drain(y + (i64)n * C * ho * wo + {corner}, address + {4 * outputs});"
         else:
-            put.append(f"copy<{threads}>({to_x}, {source_x}, hi * wi, wi, in);")
+            reach_y, reach_x = (0, 0) if spec.block.whole else f.reach
+            lanes = next(size for size in (8, 16, 32) if size >= m * si or size == 32)
+            steep = "true" if tile.steep else "false"
+            in_place = f"place<{steep}, {tile.advance}, {tile.phase * si}, {length}, {f.lines * si}, {f.pitch}>"
+            out_place = f"place<{steep}, {tile.advance}, {tile.phase}, {length}, {f.lines}, {f.out_pitch}>"
+            out += [
+                f"const int top = max(0, ry * {si} - {reach_y}), left = max(0, rx * {si} - {reach_x});",
+                f"const int rows_in = min(hi, (ry + {m}) * {si} + {reach_y}) - top;",
+                f"const int cols_in = min(wi, (rx + {m}) * {si} + {reach_x}) - left;",
+                f"const int rows_out = min({m}, oh - ry), cols_out = min({m}, ow - rx);",
+            ]
+            fill = [
+                "if (come) { const T* const from = x + (((i64)next * C + c0) * hi + top) * wi + left;",
+                f"const u32 frame = address + 4 * (in * {in_size} + {f.left});",
+                f"walk<{threads}, {lanes}>(count, rows_in, cols_in, [&](int p, int y, int x) {{",
+                f"bring(frame + 4 * (p * {f.size} + {in_place}(y + top - ry * {si}, x + left - rx * {si})),",
+                "from + (p * hi + y) * wi + x); }); }",
+            ]
+            out_at = f"frame + 4 * (p * {f.out_size} + {out_place}(y, x))"
             if weight:
-                put.append(f"copy<{threads}>({to_g}, {source_g}, ho * wo, wo, mid);")
+                fill += [
+                    "if (come) { const T* const from = g + (((i64)next * C + c0) * ho + ry) * wo + rx;",
+                    f"const u32 frame = address + 4 * ({outputs + f.out_left} + in * {out_size});",
+                    f"walk<{threads}, {lanes}>(count, rows_out, cols_out, [&](int p, int y, int x) {{",
+                    f"bring({out_at}, from + (p * ho + y) * wo + x); }}); }}",
+                ]
+            drain = (
+                f"{{ T* const to = y + (((i64)n * C + c0) * ho + ry * {so} + {a}) * wo + rx * {so} + {b};"
+                f" const u32 frame = address + {4 * (outputs + f.out_left)};"
+                f" walk<{threads}, {lanes}>(count, rows_out, cols_out, [&](int p, int y, int x) {{"
+                f" take(to + (p * ho + y * {so}) * wo + x * {so}, {out_at}); }}); }}"
+            )
         if weight:
             out += [f"float s{d} = 0.f;" for d in range(len(program.fold))] + ["float sb = 0.f;"]
         else:
-            out += ["const T* const wc = w + (i64)(c0 + min(plane, count - 1)) * K;"]
+            out.append("const int c = c0 + min(plane, count - 1); int step = reverse ? -1 : 1;")
+            # Hidden from the compiler, which would keep the offsets of all taps from one segment to the next.
+            out.append('asm volatile("" : "+r"(step)); const T* const wc = w + (i64)c * K + (reverse ? K - 1 : 0);')
             for d, taps in enumerate(program.fold):
-                total = " + ".join(f"to_float(wc[reverse ? {spec.kernel_size - 1 - t} : {t}])" for t in taps)
+                total = " + ".join(f"to_float(wc[{t} * step])" for t in taps)
                 out.append(f"const float w{d} = {total}{' + identity' if centre in taps else ''};")
-            out.append("const float start = bias ? to_float(bias[c0 + min(plane, count - 1)]) : 0.f;")
-        out += [line.format("n0") for line in fetch]
-        out += ["__syncthreads();", "#pragma unroll 1", "for (int n = n0; n < n1; ++n) {"]
-        out += [*(line.format("n") for line in put), "__syncthreads();"]
-        if fetch:
-            out += ["if (n + 1 < n1) {", *(line.format("(n + 1)") for line in fetch), "}"]
-        out.append("if (active) {")
-        if weight:
-            for i, (y, x) in enumerate(p.outputs):
-                out.append(f"const float g{i} = mine[{y * p.out_pitch + x}]; sb += g{i};")
-            use = "s{d} = fmaf(g{i}, v, s{d});"
+            out.append("const float first_sum = bias ? to_float(bias[c]) : 0.f;")
+        ahead = stages - 1
+        out += ["int in = 0;", "#pragma unroll 1", f"for (int n = n0 - {ahead}; n < n1; ++n) {{"]
+        if stages > 1:
+            out.append(f"arrived<{stages - 2}>();")
+        out += ["__syncthreads();", f"const int next = n + {ahead};", "const bool come = next < n1;"]
+        out += [*fill, "end_group();", f"in = in == {ahead} ? 0 : in + 1;"]
+        if stages > 1:
+            out.append("if (n < n0) continue;")
         else:
-            out += [f"float a{i} = start;" for i in range(length)]
-            use = "a{i} = fmaf(w{d}, v, a{i});"
-        for y, x, pairs in p.pixels:
-            uses = " ".join(use.format(i=i, d=d) for i, d in pairs)
-            out.append(f"{{ const float v = pixel[{y * p.pitch + x}]; {uses} }}")
-        if not weight and tile.steep:
-            out.append(
-                f"T* const yb = y + ((i64)n * C + c0 + plane) * ho * wo"
-                f" + (i64)((ry + y0) * {so} + {a}) * wo + (rx + x0) * {so} + {b};"
-            )
-            for i, (oy, ox) in enumerate(p.outputs):
-                out.append(
-                    f"if (y0 + {oy} < rows_out && (u32)(x0 + {ox}) < (u32)cols_out)"
-                    f" yb[{oy * so} * wo + {ox * so}] = from_float(a{i});"
-                )
-        elif not weight:
-            for i, (oy, ox) in enumerate(p.outputs):
-                out.append(f"if ((u32)(y0 + {oy}) < {m}u) mine[{oy * p.out_pitch + ox}] = a{i};")
-        out += ["}", "__syncthreads();"]
-        if not weight and not tile.steep:
-            # The outputs lie in rows of the tiles; they leave along the rows of the image.
-            if numbers:
-                give = f"give<{numbers}, {threads}>(y + ((i64)n * C + c0) * ho * wo, output, positions + {number * m * m}, mid);"
-            else:
-                give = (
-                    f"drain<{threads}>(y + ((i64)n * C + c0) * ho * wo + (i64)(ry * {so} + {a}) * wo + rx * {so} + {b},"
-                    f" ho * wo, wo * {so}, {so}, output, {p.out_size}, {p.out_pitch}, mid);"
-                )
-            out.append(give)
+            out += ["arrived<0>();", "__syncthreads();", *after]
+        out += [f"if (plane < count && line < {f.lines}) {{", f"const float* const frame = smem + in * {in_size};"]
+        out.append(f"float* const other = smem + mine{f' + in * {out_size}' if weight else ''};")
+        pairs = _pairs if f.pairs else lambda numbers: [(u, False) for u in numbers]
+        if weight:
+            for i, double in pairs(list(range(length))):
+                if double:
+                    out.append(f"const float2 g{i}_ = *(const float2*)(other + {i});")
+                    out.append(f"const float g{i} = g{i}_.x, g{i + 1} = g{i}_.y;")
+                else:
+                    out.append(f"const float g{i} = other[{i}];")
+            out += [f"sb += g{i};" for i in range(length)]
+            use = "s{d} = fmaf(g{i}, {v}, s{d});"
+        else:
+            out += [f"float a{i} = first_sum;" for i in range(length)]
+            use = "a{i} = fmaf(w{d}, {v}, a{i});"
+        for r, row in enumerate(rows):
+            uses = {u: pairs for line, u, pairs in f.pixels if line == row}
+            for u, double in pairs(sorted(uses)):
+                one = " ".join(use.format(i=i, d=d, v="v.x" if double else "v") for i, d in uses[u])
+                if double:
+                    two = " ".join(use.format(i=i, d=d, v="v.y") for i, d in uses[u + 1])
+                    out.append(f"{{ const float2 v = *(const float2*)(frame + at{r} + {u}); {one} {two} }}")
+                else:
+                    out.append(f"{{ const float v = frame[at{r} + {u}]; {one} }}")
+        if not weight:
+            for i, double in pairs(list(range(length))):
+                if double:
+                    out.append(f"*(float2*)(other + {i}) = make_float2(a{i}, a{i + 1});")
+                else:
+                    out.append(f"other[{i}] = a{i};")
+        out.append("}")
+        if not weight:
+            out += ["__syncthreads();", drain]
         out.append("}")
         if weight:
             names = [f"s{d}" for d in range(len(program.fold))] + ["sb"]
-            for first in range(0, len(names), 8):
-                part = names[first : first + 8]
+            each = shared // 4 // threads
+            lanes = next(size for size in (32, 16, 8, 4) if f.tiles >= 8 * size or size == 4)
+            for first in range(0, len(names), each):
+                part = names[first : first + each]
                 out.append("__syncthreads();")
                 out += [f"smem[{j * threads} + threadIdx.x] = {name};" for j, name in enumerate(part)]
                 out.append("__syncthreads();")
                 out.append(
-                    f"for (int i = threadIdx.x / 32; i < {len(part)} * count; i += {threads // 32}) {{"
-                    f" const int j = i / count, ch = i % count; float total = 0.f;"
-                    f" for (int k = threadIdx.x % 32; k < {p.tiles}; k += 32)"
-                    f" total += smem[j * {threads} + ch * {p.tiles} + k];"
-                    " for (int k = 16; k; k /= 2) total += __shfl_down_sync(0xffffffffu, total, k);"
+                    f"for (int base = 0; base < {len(part)} * count; base += {threads // lanes}) {{"
+                    f" const int i = base + threadIdx.x / {lanes}, j = i / count, ch = i % count; float total = 0.f;"
+                    f" if (j < {len(part)}) for (int k = threadIdx.x % {lanes}; k < {f.tiles}; k += {lanes})"
+                    f" total += smem[j * {threads} + ch * {f.tiles} + k];"
+                    f" for (int k = {lanes // 2}; k; k /= 2) total += __shfl_down_sync(0xffffffffu, total, k, {lanes});"
                     f" const int d = {first} + j;"
-                    f" if (threadIdx.x % 32 == 0) partial[((i64)part * C + c0 + ch) * {most + 1}"
+                    f" if (j < {len(part)} && threadIdx.x % {lanes} == 0) partial[((i64)part * C + c0 + ch) * {most + 1}"
                     f" + (d == {len(program.fold)} ? {most} : d)] = total; }}"
                 )
         out.append("break; }")
@@ -807,7 +952,7 @@ def _planar(spec: Spec) -> str:
     body = "\n".join(cases)
     if weight:
         head, tail = "const T* __restrict__ x, const T* __restrict__ g, float* __restrict__ partial,", ""
-        setup = "const int part = blockIdx.y * regions + region;"
+        setup = "const int part = when.z;"
     else:
         head = "const T* __restrict__ x, T* __restrict__ y, const T* __restrict__ w, const T* __restrict__ bias,"
         tail = ", i64 reverse, i64 identity_"
@@ -816,22 +961,19 @@ def _planar(spec: Spec) -> str:
 {_PLANES}
 extern "C" __global__ void __launch_bounds__({threads}, {spec.block.resident}) run(
     {head}
-    const int* __restrict__ table, i64 rows, i64 per, i64 N_, i64 C_, i64 hi_, i64 wi_, i64 ho_, i64 wo_, i64 images,
-    i64 granule{tail})
+    const int* __restrict__ first, const int4* __restrict__ work, i64 C_, i64 hi_, i64 wi_, i64 ho_, i64 wo_,
+    const u16* __restrict__ list{tail})
 {{
-    extern __shared__ float smem[];
-    const int C = (int)C_, hi = (int)hi_, wi = (int)wi_, ho = (int)ho_, wo = (int)wo_;
-    const int regions = gridDim.x / (u32)rows, block = blockIdx.x / (u32)(per * regions), rest = blockIdx.x % (u32)(per * regions);
-    const int entry = block * (int)per + rest % (u32)per, region = rest / (u32)per;
-    const int program = table[3 * entry], c0 = table[3 * entry + 1], count = table[3 * entry + 2];
-    if (count == 0) return;
+    const u32 address = start();
+    {_SEGMENTS}
     const int regions_x = ((wo + {so - 1}) / {so} + {m - 1}) / {m};
-    const int ry = region / regions_x * {m}, rx = region % regions_x * {m};
-    const int n0 = blockIdx.y * (int)images, n1 = min(n0 + (int)images, (int)N_);
+    const int ry = group / regions_x * {m}, rx = group % regions_x * {m};
     {setup}
     switch (program) {{
 {body}
     }}
+    __syncthreads();
+    }}
 }}
-{reduce(spec) if weight else ""}
+{reduce(spec, 4, "row[3]") if weight else ""}
 """
