@@ -13,7 +13,7 @@ import functools
 import numpy as np
 
 from oriented1d import geometry
-from oriented1d.operator.cuda.tiles import Tile, Uses, make_tile
+from oriented1d.operator.cuda.tiles import Tile, Uses, is_steep, make_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +99,19 @@ def programs(spec: Spec) -> tuple[Program, ...]:
                 elif (phase[0] - dy) % s == 0 and (phase[1] - dx) % s == 0:
                     classes.setdefault(((phase[0] - dy) // s, (phase[1] - dx) // s), []).append(t)
             taps = np.array(list(classes), dtype=np.int32).reshape(-1, 2)
-            tile = make_tile(angle, taps, 1 if spec.kind == "adjoint" else s, spec.length)
+            step = 1 if spec.kind == "adjoint" else s
+            tile = make_tile(angle, taps, step, _length(spec, is_steep(angle), taps, step))
             result.append(Program(phase, tile, tuple(classes), tuple(map(tuple, classes.values()))))
     return tuple(result)
+
+
+def _length(spec: Spec, steep: bool, taps: np.ndarray, step: int) -> int:
+    """Outputs of a tile: in large regions, so many that eight warps are enough for the lines and the space between."""
+    if spec.block.region != 56:
+        return spec.length
+    across = int(np.abs(taps[:, 1 if steep else 0]).max(initial=0))
+    lines = 56 + -(-across * (1 if spec.block.whole else 2) // step)
+    return next(length for length in (14, 19, 28) if -(-56 // length) * lines <= 256 or length == 28)
 
 
 _PRELUDE = r"""
@@ -559,9 +569,9 @@ class Frame:
 
 
 def frame(spec: Spec, program: Program) -> Frame:
-    tile, m, length = program.tile, spec.block.region, spec.length
+    tile, m, length = program.tile, spec.block.region, program.tile.length
     s = 1 if spec.kind == "adjoint" else spec.stride
-    along = m // length
+    along = -(-m // length)
     reach_y = max((abs(dy) for dy, _ in program.taps), default=0)
     reach_x = max((abs(dx) for _, dx in program.taps), default=0)
     reach_u, reach_v = (reach_y, reach_x) if tile.steep else (reach_x, reach_y)
@@ -645,7 +655,9 @@ def planar_layout(spec: Spec) -> tuple[tuple[int, ...], int, int]:
     if spec.channels_last:
         numbers = [max(8, 256 // f.tiles // 8 * 8) for f in frames]
     else:
-        target = 256 if spec.block.region > 28 else 128
+        # Eight warps, two for each scheduler of a processor, as long as their frames leave place for two blocks.
+        many = spec.block.region == 28 and spec.kernel_size > 15 and spec.kind != "weight"
+        target = 256 if spec.block.region > 28 or many else 128
         numbers = [max(1, min(target // f.tiles, 16000 // f.size)) for f in frames]
     threads = -(-max(number * f.tiles for number, f in zip(numbers, frames, strict=True)) // 32) * 32
     floats = max(_floats(spec, f, number) for number, f in zip(numbers, frames, strict=True))
@@ -789,12 +801,13 @@ def _planar(spec: Spec) -> str:
     weight = spec.kind == "weight"
     so = spec.stride if spec.kind == "adjoint" else 1
     si = 1 if spec.kind == "adjoint" else spec.stride
-    m, length, stages = spec.block.region, spec.length, spec.block.stages
+    m, stages = spec.block.region, spec.block.stages
     centre = (spec.kernel_size - 1) // 2
     most = max(len(program.fold) for program in programs(spec))
     cases = []
     for index, program in enumerate(programs(spec)):
         f, tile, (a, b), number = frame(spec, program), program.tile, program.phase, numbers[index]
+        length = tile.length
         # Shared memory: frames of the input, one for each stage; then one of the outputs, or one of gradients each.
         in_size, out_size = _sizes(f, number)
         outputs = stages * in_size

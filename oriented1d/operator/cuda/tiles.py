@@ -48,13 +48,17 @@ class Tile:
         return tuple((i, self.drift(i)) for i in range(self.length))
 
 
+def is_steep(angle: float) -> bool:
+    return abs(math.sin(angle)) > abs(math.cos(angle)) * 0.999
+
+
 def make_tile(angle: float, taps: np.ndarray, step: int, length: int) -> Tile:
     """The tile of ``length`` outputs that needs the fewest input pixels for the distinct ``taps`` ``(D, 2)``.
 
     ``step`` is the distance in input pixels between neighbouring outputs. ``taps`` are ``(dy, dx)``.
     """
     sine, cosine = math.sin(angle), math.cos(angle)
-    steep = abs(sine) > abs(cosine) * 0.999
+    steep = is_steep(angle)
     advance = round(length * (-cosine / sine if steep else -sine / cosine))
     best: dict[tuple[int, int], list[tuple[int, int]]] | None = None
     best_phase = 0
