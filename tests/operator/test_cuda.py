@@ -301,8 +301,11 @@ def test_graph_capture() -> None:
     with torch.cuda.graph(graph), torch.no_grad():
         y = layer(x)
     x.copy_(torch.randn_like(x))
+    y.fill_(torch.nan)
     graph.replay()
     assert torch.equal(y, layer(x))
+    expected = layer.double().cpu()(x.double().cpu())
+    assert relative_error(y.cpu(), expected) < 1e-5
 
 
 @pytest.mark.gpu
