@@ -93,4 +93,5 @@ def oriented_conv1d(
 
 
 def _autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # torch.amp.is_autocast_available would break the graph of torch.compile.
+    return device_type in library.AUTOCAST and torch.is_autocast_enabled(device_type)

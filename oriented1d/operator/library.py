@@ -308,7 +308,10 @@ def _in_low_precision(call: Callable[..., Tensor], device_type: str, *arguments:
         return call(*map(low, arguments[:3]), *arguments[3:])
 
 
-for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
+AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+"""Types of devices that have autocast here, and its dispatch key."""
+
+for _device_type, _key in AUTOCAST.items():
     _library.impl("oriented_conv1d", functools.partial(_in_low_precision, _conv, _device_type), _key)
 
 

@@ -438,6 +438,14 @@ def test_other_feature_classes_of_timm() -> None:
 # Compilation ---------------------------------------------------------------------------------------------------------
 
 
+def test_compile_under_autocast_has_no_graph_break() -> None:
+    model = small("1d", depths=(1, 1, 1, 1)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(torch.compile(model, fullgraph=True, backend="eager")(x), model(x)) < 1e-5
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     ("kernels", "keywords"), [("1dpp", {}), ("2dpp", {"features_only": True, "output_norms": True})]
 )
