@@ -94,6 +94,9 @@ class OrientedConv1d(nn.Module):
     @property
     def angles(self) -> geometry.Directions:
         """The angles of the channels, run-length encoded."""
+        # DistributedDataParallel writes buffers in place.
+        if not torch.compiler.is_compiling() and self.theta._version != self._seen_version:
+            self._read_angles()
         return self._angles
 
     def _read_angles(self) -> None:
@@ -122,10 +125,7 @@ class OrientedConv1d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``."""
-        # DistributedDataParallel writes buffers in place.
-        if not torch.compiler.is_compiling() and self.theta._version != self._seen_version:
-            self._read_angles()
-        return oriented_conv1d(input, self.weight, self._angles, self.bias, stride=self.stride, residual=self.residual)
+        return oriented_conv1d(input, self.weight, self.angles, self.bias, stride=self.stride, residual=self.residual)
 
     def extra_repr(self) -> str:
         return (

@@ -32,6 +32,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from oriented1d.layers import OrientedConv1d
+from oriented1d.operator.pointwise import fused, pointwise_oriented_conv1d
 
 __all__ = ["DENSE_KERNEL_SIZES", "KERNEL_SIZES", "SIZES", "ConvNeXt", "ConvNeXtFeatures"]
 
@@ -88,8 +89,13 @@ class OrientedStem(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pw1(_nhwc(x))
-        x = self.act(self.norm1(_nhwc(self.dw1(_nchw(x)))))
+        dw1 = self.dw1
+        if fused(x, dw1.weight, dw1.angles, dw1.stride):
+            how = dw1.weight, dw1.angles, dw1.bias
+            x = pointwise_oriented_conv1d(x, self.pw1.weight, self.pw1.bias, *how, stride=dw1.stride)
+        else:
+            x = dw1(_nchw(self.pw1(_nhwc(x))))
+        x = self.act(self.norm1(_nhwc(x)))
         x = self.act(self.norm2(_nhwc(self.dw2(_nchw(x)))))
         return _nchw(self.norm3(self.pw2(x)))
 

@@ -9,11 +9,10 @@ import os
 import threading
 import warnings
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-
-from oriented1d.operator.cuda import mma, source
 
 try:
     from cuda.bindings import driver
@@ -56,6 +55,18 @@ def cache_folder() -> Path:
     """Where machine code is kept: ``$ORIENTED1D_CACHE``, or ``oriented1d`` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oriented1d"
     return Path(os.environ.get("ORIENTED1D_CACHE") or default)
+
+
+class Source(Protocol):
+    """What kernels are compiled from; hashable."""
+
+    @property
+    def text(self) -> str:
+        """The CUDA C++."""
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of its kernels."""
 
 
 @dataclasses.dataclass
@@ -125,7 +136,7 @@ def config(grid: tuple[int, int, int], threads: int, shared: int) -> LaunchConfi
     return LaunchConfig(grid=grid, block=threads, shmem_size=shared)
 
 
-def machine_code(spec: source.Spec | mma.Spec, architecture: str) -> ObjectCode:
+def machine_code(spec: Source, architecture: str) -> ObjectCode:
     """Compile for an architecture such as ``sm_90``; from the cache where it has been compiled before."""
     options = ProgramOptions(name="oriented1d", arch=architecture, std="c++17")
     program = Program(spec.text, "c++", options)
@@ -138,10 +149,10 @@ def machine_code(spec: source.Spec | mma.Spec, architecture: str) -> ObjectCode:
 
 
 _lock = threading.Lock()
-_compiled: dict[tuple[source.Spec | mma.Spec, int | None], Compiled] = {}
+_compiled: dict[tuple[Source, int | None], Compiled] = {}
 
 
-def compile(spec: source.Spec | mma.Spec, device: torch.device) -> Compiled:
+def compile(spec: Source, device: torch.device) -> Compiled:
     key = (spec, device.index)
     with _lock:
         if key not in _compiled:
