@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, trunc_normal_
 from timm.models import (
@@ -32,7 +33,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from oriented1d.layers import OrientedConv1d
-from oriented1d.operator.pointwise import fused, pointwise_oriented_conv1d
+from oriented1d.operator import stem
 
 __all__ = ["DENSE_KERNEL_SIZES", "KERNEL_SIZES", "SIZES", "ConvNeXt", "ConvNeXtFeatures"]
 
@@ -66,6 +67,19 @@ def _nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that keeps a low precision: under autocast the output of ``nn.LayerNorm`` is float32, which the layer
+    after it rounds again. Statistics are float32 in both."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        device_type = input.device.type
+        if input.dtype not in (torch.bfloat16, torch.float16) or not torch.is_autocast_enabled(device_type):
+            return super().forward(input)
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        with torch.autocast(device_type, enabled=False):
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class OrientedStem(nn.Module):
     """Stem of oriented kernels: ``(N, in_chans, H, W)`` to ``(N, C, ceil(H / 4), ceil(W / 4))``.
 
@@ -81,22 +95,21 @@ class OrientedStem(nn.Module):
         super().__init__()
         self.pw1 = nn.Linear(in_chans, stem_dim)
         self.dw1 = OrientedConv1d(stem_dim, kernel_size, stride=2, num_directions=num_directions, layer_offset=0.0)
-        self.norm1 = nn.LayerNorm(stem_dim, eps=1e-6)
+        self.norm1 = LayerNorm(stem_dim, eps=1e-6)
         self.dw2 = OrientedConv1d(stem_dim, kernel_size, stride=2, num_directions=num_directions, layer_offset=0.5)
-        self.norm2 = nn.LayerNorm(stem_dim, eps=1e-6)
+        self.norm2 = LayerNorm(stem_dim, eps=1e-6)
         self.pw2 = nn.Linear(stem_dim, dim)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm3 = LayerNorm(dim, eps=1e-6)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        dw1 = self.dw1
-        if fused(x, dw1.weight, dw1.angles, dw1.stride):
-            how = dw1.weight, dw1.angles, dw1.bias
-            x = pointwise_oriented_conv1d(x, self.pw1.weight, self.pw1.bias, *how, stride=dw1.stride)
+        pw, dw, norm = self.pw1, self.dw1, self.norm1
+        if stem.supported(x, dw.weight, dw.angles, dw.stride):
+            parameters = pw.weight, pw.bias, dw.weight, dw.angles, dw.bias, norm.weight, norm.bias
+            x = stem.oriented_stem(x, *parameters, norm.eps, dw.stride)
         else:
-            x = dw1(_nchw(self.pw1(_nhwc(x))))
-        x = self.act(self.norm1(_nhwc(x)))
-        x = self.act(self.norm2(_nhwc(self.dw2(_nchw(x)))))
+            x = _nchw(self.act(norm(_nhwc(dw(_nchw(pw(_nhwc(x))))))))
+        x = self.act(self.norm2(_nhwc(self.dw2(x))))
         return _nchw(self.norm3(self.pw2(x)))
 
 
@@ -146,7 +159,7 @@ class Block(nn.Module):
             self.dwconv2 = oriented(4 * dim, kernel_sizes[1], residual=True)
         else:
             self.dwconv = depthwise
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
         self.pwconv2 = nn.Linear(4 * dim, dim)
@@ -265,7 +278,7 @@ class ConvNeXt(nn.Module):
             for i in range(4)
         )
 
-        self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.norm: nn.Module = LayerNorm(dims[-1], eps=1e-6)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.apply(_init_weights)
