@@ -1,4 +1,5 @@
-"""Speed, measured side by side: ``oriented1d benchmark operator``, ``table5`` and ``network``."""
+"""Speed, measured side by side: ``oriented1d benchmark operator``, ``table5``, ``network``, ``segmentation``,
+``detection``."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from oriented1d.analysis.benchmark import network, operator
+from oriented1d.analysis.benchmark import dense, network, operator
 from oriented1d.analysis.benchmark.results import environment, print_table, write_csv
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
@@ -26,6 +27,14 @@ def _shape(text: str) -> tuple[int, int, int, int]:
         raise argparse.ArgumentTypeError(f"expected a shape NxCxHxW, as in 8x96x56x56, got {text}")
     n, c, h, w = map(_positive, parts)
     return n, c, h, w
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"expected a size HxW, as in 800x1344, got {text}")
+    height, width = map(_positive, parts)
+    return height, width
 
 
 def _device(text: str) -> torch.device:
@@ -61,12 +70,25 @@ def _parser() -> argparse.ArgumentParser:
     net.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     net.add_argument("--mode", nargs="+", choices=network.MODES, default=list(network.MODES))
     net.add_argument("--warmup", type=_positive, default=10, help="steps before the timed ones (default: %(default)s)")
+    tasks = []
+    for task, batch, size in (("segmentation", 16, (512, 512)), ("detection", 8, (800, 1344))):
+        command = commands.add_parser(task, help=f"training speed of {task} with each backbone")
+        command.add_argument("models", nargs="+", metavar="MODEL", help="names of backbones of ours or of timm")
+        command.add_argument("--batch-size", type=_positive, default=batch, help="(default: %(default)s)")
+        command.add_argument("--size", type=_image_size, default=size, metavar="HxW", help=f"(default: {size})")
+        command.add_argument("--dtype", choices=network.DTYPES, default="bfloat16", help="of autocast")
+        command.add_argument("--layouts", nargs="+", choices=operator.LAYOUTS, default=list(operator.LAYOUTS))
+        command.add_argument("--warmup", type=_positive, default=10, help="steps before the timed ones")
+        command.add_argument("--changing-sizes", type=int, default=0, help="steps with changing sizes, timed twice")
+        tasks.append(command)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    for command, runs in ((layer, 15), (table5, 15), (net, 30)):
+    for command, runs in ((layer, 15), (table5, 15), (net, 30), *((task, 30) for task in tasks)):
         command.add_argument("--device", type=_device, default=default_device, help="default: cuda, if there is one")
         command.add_argument("--runs", type=_positive, default=runs, help="timed runs of each (default: %(default)s)")
         command.add_argument("--output", metavar="CSV", help="CSV file to write")
+    for command in (layer, table5, net):
         command.add_argument("--plot", metavar="FIGURE", help="figure to write, of any file type matplotlib writes")
+    parser.set_defaults(plot=None)
     return parser
 
 
@@ -88,12 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``oriented1d benchmark``. 1 if a network could not be measured, else 0."""
     options = _parser().parse_args(argv)
     _check_outputs(options)
-    run = {"operator": operator.run, "table5": operator.run_table5, "network": network.run}[options.command]
-    rows = run(options)
+    runs = {"operator": operator.run, "table5": operator.run_table5, "network": network.run}
+    rows = runs.get(options.command, dense.run)(options)
     device = str(environment(options.device)["device"])
     title = f"{options.command} on {device}, "
     if options.command == "network":
         title += f"{options.runs} runs after {options.warmup} to warm up; training without the optimizer's step"
+    elif options.command in ("segmentation", "detection"):
+        title += f"{options.runs} steps of training after {options.warmup} to warm up"
     else:
         title += "medians in ms"
     print_table(rows, title)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ from oriented1d.training.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODES = ("inference", "training")
+
+C = TypeVar("C")
+M = TypeVar("M")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +153,7 @@ def _resident_mib(key: str) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
-def isolated(function: Callable[[Case], Measurement], case: Case) -> Measurement | str:
+def isolated(function: Callable[[C], M], case: C) -> M | str:
     """Call ``function(case)`` in a new process.
 
     Returns:
@@ -175,8 +179,8 @@ def isolated(function: Callable[[Case], Measurement], case: Case) -> Measurement
     return answer
 
 
-def _answer(sender: Connection, function: Callable[[Case], Measurement], case: Case) -> None:
-    answer: Measurement | str
+def _answer(sender: Connection, function: Callable[[C], M], case: C) -> None:
+    answer: M | str
     try:
         answer = function(case)
     except Exception as error:

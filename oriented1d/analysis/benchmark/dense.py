@@ -1,0 +1,219 @@
+"""Training speed of the dense tasks: ``oriented1d benchmark segmentation`` and ``detection``.
+
+A step is what ``oriented1d fit`` does with a batch that is already on the device: losses under autocast, gradients,
+AdamW. Images and truths are random: seven objects an image, as COCO has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from oriented1d.analysis.benchmark.network import DTYPES, Measurement, isolated, times
+from oriented1d.analysis.benchmark.results import quantiles
+from oriented1d.operator.layout import memory_format
+
+OBJECTS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of the benchmark.
+
+    Attributes:
+        task: ``"segmentation"`` (UPerNet, 150 classes) or ``"detection"`` (Cascade Mask R-CNN, 80 classes).
+        model: name of a network of ours or of timm, the backbone.
+        batch: images.
+        height, width: pixels.
+        dtype: of autocast; ``"float32"`` for none. Weights are float32.
+        layout: of images and weights, ``"contiguous"`` or ``"channels_last"``.
+        device: ``"cpu"`` or ``"cuda"``, with or without a number.
+        warmup: steps before those that are timed.
+        runs: timed steps.
+        sizes: steps with changing sizes, before all others; 0 for none.
+    """
+
+    task: str
+    model: str
+    batch: int
+    height: int
+    width: int
+    dtype: str
+    layout: str
+    device: str
+    warmup: int
+    runs: int
+    sizes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseMeasurement(Measurement):
+    """What one line gave.
+
+    Attributes:
+        changing: seconds of ``Case.sizes`` steps, each with another size, in a process that had none before; and of the
+            same steps again.
+    """
+
+    changing: tuple[float, float] | None
+
+
+def measure(case: Case) -> DenseMeasurement:
+    """Measure one line in this process."""
+    torch.manual_seed(0)
+    device = torch.device(case.device)
+    model = _model(case).to(device, memory_format=memory_format(case.layout == "channels_last")).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    loss = {"segmentation": _segmentation_loss, "detection": _detection_loss}[case.task]
+
+    def train(batch: tuple[Tensor, object]) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32"):
+            total = loss(model, *batch)
+        total.backward()
+        optimizer.step()
+
+    changing = None
+    if case.sizes:
+        train(_batch(case, 64, 64, device))  # the libraries start
+        first, second = (_seconds(train, case, device) for _ in range(2))
+        changing = first, second
+    batch = _batch(case, case.height, case.width, device)
+
+    def step() -> None:
+        train(batch)
+
+    times(step, device, case.warmup)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    ms = times(step, device, case.runs)
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    return DenseMeasurement(ms, peak, changing)
+
+
+def _seconds(train: Callable[[tuple[Tensor, object]], None], case: Case, device: torch.device) -> float:
+    total = 0.0
+    for height, width in sizes(case.sizes, case.height, case.width):
+        batch = _batch(case, height, width, device)
+        _wait(device)
+        start = time.perf_counter()
+        train(batch)
+        _wait(device)
+        total += time.perf_counter() - start
+    return total
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sizes(number: int, height: int, width: int) -> Iterator[tuple[int, int]]:
+    """Sizes of padded batches, pixels: from 0.6 of the largest to it, multiples of 32, upright and wide."""
+    draw = random.Random(0)
+    for _ in range(number):
+        scale = draw.uniform(0.6, 1)
+        sides = (max(32, round(side * scale * draw.uniform(0.8, 1) / 32) * 32) for side in (height, width))
+        h, w = sides
+        yield (h, w) if draw.random() < 0.7 else (w, h)
+
+
+def _model(case: Case) -> nn.Module:
+    if case.task == "segmentation":
+        from oriented1d.segmentation.upernet import UPerNet
+
+        return UPerNet(case.model)
+    from oriented1d.detection.cascade import CascadeMaskRCNN
+
+    return CascadeMaskRCNN(case.model)
+
+
+def _batch(case: Case, height: int, width: int, device: torch.device) -> tuple[Tensor, object]:
+    images = torch.randn(case.batch, 3, height, width, device=device)
+    images = images.contiguous(memory_format=memory_format(case.layout == "channels_last"))
+    if case.task == "segmentation":
+        return images, torch.randint(150, (case.batch, height, width), device=device)
+    from oriented1d.detection.cascade import Truth
+
+    truths = []
+    for _ in range(case.batch):
+        corners = torch.rand(OBJECTS, 2, device=device) * torch.tensor([width, height], device=device) * 0.6
+        sides = (0.05 + 0.35 * torch.rand(OBJECTS, 2, device=device)) * torch.tensor([width, height], device=device)
+        boxes = torch.cat([corners, corners + sides], 1)
+        x, y = torch.arange(width, device=device), torch.arange(height, device=device)[:, None]
+        left, top, right, bottom = boxes[:, :, None, None].unbind(1)
+        masks = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+        truths.append(Truth(boxes, torch.randint(80, (OBJECTS,), device=device), masks.to(torch.uint8)))
+    return images, truths
+
+
+def _segmentation_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return sum(model.losses(images, labels, 0.4))  # type: ignore[operator, return-value]
+
+
+def _detection_loss(model: nn.Module, images: Tensor, truths: object) -> Tensor:
+    size = (images.shape[2], images.shape[3])
+    losses = model.losses(images, [size] * len(images), truths)  # type: ignore[operator]
+    return torch.stack(list(losses.values())).sum()
+
+
+def run(options: argparse.Namespace) -> list[dict[str, object]]:
+    """One row for each network and layout, in the order given."""
+    rows = []
+    for model in options.models:
+        for layout in options.layouts:
+            case = Case(
+                options.command,
+                model,
+                options.batch_size,
+                *options.size,
+                options.dtype,
+                layout,
+                str(options.device),
+                options.warmup,
+                options.runs,
+                options.changing_sizes,
+            )
+            row = row_of(case, isolated(measure, case))
+            print(f"{model} {layout}: {row['error'] or str(row['img_per_s_p50']) + ' images/s'}", flush=True)
+            rows.append(row)
+    return rows
+
+
+def row_of(case: Case, result: DenseMeasurement | str) -> dict[str, object]:
+    """A line of the table and the CSV file; ``result`` is a measurement, or what went wrong."""
+    row: dict[str, object] = {
+        "task": case.task,
+        "model": case.model,
+        "batch": case.batch,
+        "size": f"{case.height}x{case.width}",
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "warmup": case.warmup,
+        "runs": case.runs,
+        "img_per_s_p20": "",
+        "img_per_s_p50": "",
+        "img_per_s_p80": "",
+        "ms_p50": "",
+        "peak_memory_mib": "",
+        "changing_sizes": case.sizes or "",
+        "changing_first_s": "",
+        "changing_again_s": "",
+        "error": "",
+    }
+    if isinstance(result, str):
+        return {**row, "error": result}
+    rates = quantiles([case.batch / ms * 1e3 for ms in result.ms])
+    row |= {f"img_per_s_p{q}": f"{rate:.2f}" for q, rate in zip((20, 50, 80), rates, strict=True)}
+    row["ms_p50"] = f"{quantiles(result.ms)[1]:.3f}"
+    if result.peak_memory_mib is not None:
+        row["peak_memory_mib"] = f"{result.peak_memory_mib:.0f}"
+    if result.changing is not None:
+        row |= {f"changing_{name}_s": f"{s:.2f}" for name, s in zip(("first", "again"), result.changing, strict=True)}
+    return row
