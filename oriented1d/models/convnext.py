@@ -208,8 +208,8 @@ class ConvNeXt(nn.Module):
         layer_offset: rotation of every second oriented layer (those of odd blocks, and the second of the stem), in half
             turns: 0.5 is 90 degrees, 0 turns none.
         stem_dim: channels inside the 1D stem.
-        stem_stride: 4, or 2 or 1 for small images: step of the first stage's pixels in those of the image. The shapes of
-            all weights stay the same, but for the 2D stem at stride 1, whose kernel is 3x3.
+        stem_stride: 4, or 2 or 1 for small images: step of the first stage's pixels in those of the image. All weights
+            have the same shapes, but for those of the 2D stem at stride 1, whose kernel is 3x3.
         layer_scale_init_value: initial scale of each block's branch; 0 for no scale.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
