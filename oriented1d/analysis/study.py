@@ -288,7 +288,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
             axes.errorbar(position, summary.mean, spread, fmt="_", markersize=24, color=colour, capsize=5)
             offsets = [position + 0.08 * (i - (len(summary.top1) - 1) / 2) for i in range(len(summary.top1))]
             axes.plot(offsets, summary.top1, MARKERS[index], color=colour, markersize=5, markeredgecolor="white")
-        axes.set_xticks(range(len(group)), [summary.network.replace(" ", "\n", 1) for summary in group])
+        axes.set_xticks(range(len(group)), [summary.network.replace(" ", "\n") for summary in group])
         axes.set_title(dataset)
         axes.set_ylabel("top-1 after the last epoch (%)")
         axes.grid(axis="y", alpha=0.3)

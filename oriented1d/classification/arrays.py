@@ -6,6 +6,7 @@ No worker processes, no decoding after the start: many small runs can share one 
 from __future__ import annotations
 
 import gzip
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,11 +35,15 @@ def read_idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: expected an IDX file, cannot be read ({error})") from error
     # Two zeros, the type (8: unsigned bytes), the number of dimensions; then each as a big-endian number.
-    start = 4 + 4 * content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else len(content) + 1
-    shape = np.frombuffer(content[4:start], ">u4").tolist() if start <= len(content) else [-1]
-    if np.prod(shape) != len(content) - start:
-        raise UserError(f"{path}: expected an IDX file of unsigned bytes, got something else or a part of one")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    try:
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("another type")
+        shape = struct.unpack_from(f">{content[3]}I", content, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (IndexError, ValueError, struct.error) as error:
+        raise UserError(
+            f"{path}: expected an IDX file of unsigned bytes, whole, got something else ({error})"
+        ) from error
 
 
 class DeviceBatches:
