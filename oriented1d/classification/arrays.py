@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ class DeviceBatches:
     epoch goes on with the batches that it has not had.
 
     Args:
-        data: the options, the epoch, and the trainer, which knows the batches that the epoch already had.
+        data: the options, and the trainer, which knows the epoch and the batches that it already had.
         pixels: ``(N, C, H, W)`` uint8.
         labels: ``(N,)`` int64.
         training: shuffle, augment, and leave out the incomplete batch at the end.
@@ -78,12 +79,13 @@ class DeviceBatches:
             for pixels, labels in zip(self.pixels.split(size), self.labels.split(size), strict=True):
                 yield self._normalised(pixels), labels
             return
-        assert self.data.trainer is not None
+        trainer = self.data.trainer
+        assert trainer is not None
         # Drawn on the host, so that every device sees the same batches, and moved at once: a copy waits for the device.
-        random = np.random.default_rng((self.data.seed, self.data.epoch))
+        random = np.random.default_rng((self.data.seed, trainer.current_epoch))
         order = torch.from_numpy(random.permutation(len(self.labels))).to(self.labels.device)
         draws = torch.from_numpy(random.random((len(self), 8, size), dtype=np.float32)).to(self.labels.device)
-        for number in range(self.data.trainer.fit_loop.epoch_loop.batch_progress.current.ready, len(self)):
+        for number in range(trainer.fit_loop.epoch_loop.batch_progress.current.ready, len(self)):
             chosen = order[number * size : (number + 1) * size]
             yield self._augmented(chosen, draws[number]), self.labels[chosen]
 
@@ -161,7 +163,6 @@ class ArrayData(L.LightningDataModule):
         self.hflip = hflip
         self.erasing = erasing
         self.seed = seed
-        self.epoch = 0
 
     def read(self, training: bool) -> tuple[np.ndarray, np.ndarray]:
         """Images ``(N, C, H, W)`` uint8 and labels ``(N,)`` of one split.
@@ -209,10 +210,11 @@ class ArrayData(L.LightningDataModule):
         return DeviceBatches(self, *on_device, training)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the data which epoch it is: the order and the augmentation follow from it."""
-        self.epoch = epoch
+        """Nothing: the batches ask the trainer for the epoch."""
 
     def train_dataloader(self) -> DeviceBatches:
+        # Lightning cannot know that the batches go on where the run stopped.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         return self.train_batches
 
     def val_dataloader(self) -> DeviceBatches:
