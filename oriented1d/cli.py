@@ -21,6 +21,8 @@ commands:
   erf        receptive fields:         oriented1d erf compute MODEL --output FILE; oriented1d erf plot FILE ...
   export     to another format:        oriented1d export MODEL OUT --to onnx|torch-export
   benchmark  measure speed:            oriented1d benchmark operator|table5|network
+  study      compare variants:         oriented1d study run CONFIG ...; oriented1d study report
+  doctor     versions and self-check:  oriented1d doctor
 
 options:
   -h, --help   this text; after a command, the options of the command
@@ -78,6 +80,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "erf": _analysis("erf"),
     "export": _analysis("export"),
     "benchmark": _analysis("benchmark"),
+    "study": _analysis("study"),
+    "doctor": _analysis("doctor"),
 }
 
 

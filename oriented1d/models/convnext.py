@@ -59,6 +59,13 @@ DENSE_KERNEL_SIZES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
+# Strides of the two oriented layers of the 1D stem, and size of the 2D stem's kernel, for each stride of the stem. The
+# 2D stem is padded by (size - stride) / 2: at stride 4 not at all, as in ConvNeXt. A kernel that shrank with the stride
+# would see a single pixel at stride 1, and the LayerNorm after it would take away how bright a grey pixel is.
+_STEM_STRIDES: dict[int, tuple[int, int]] = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
+_STEM_KERNELS: dict[int, int] = {4: 4, 2: 4, 1: 3}
+
+
 def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
@@ -81,22 +88,33 @@ class LayerNorm(nn.LayerNorm):
 
 
 class OrientedStem(nn.Module):
-    """Stem of oriented kernels: ``(N, in_chans, H, W)`` to ``(N, C, ceil(H / 4), ceil(W / 4))``.
+    """Stem of oriented kernels: ``(N, in_chans, H, W)`` to ``(N, C, ceil(H / S), ceil(W / S))``.
 
     Args:
         in_chans: channels of the image.
         stem_dim: channels of the two oriented layers.
         dim: channels ``C`` of the output.
         kernel_size: odd size of both oriented layers.
-        num_directions: directions of both; the second layer is turned by 90 degrees.
+        num_directions: directions of both.
+        layer_offset: rotation of the second one, in half turns.
+        strides: of the two; ``S`` is their product.
     """
 
-    def __init__(self, in_chans: int, stem_dim: int, dim: int, kernel_size: int, num_directions: int) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        stem_dim: int,
+        dim: int,
+        kernel_size: int,
+        num_directions: int,
+        layer_offset: float,
+        strides: tuple[int, int],
+    ) -> None:
         super().__init__()
         self.pw1 = nn.Linear(in_chans, stem_dim)
-        self.dw1 = OrientedConv1d(stem_dim, kernel_size, stride=2, num_directions=num_directions, layer_offset=0.0)
+        self.dw1 = OrientedConv1d(stem_dim, kernel_size, strides[0], num_directions)
         self.norm1 = LayerNorm(stem_dim, eps=1e-6)
-        self.dw2 = OrientedConv1d(stem_dim, kernel_size, stride=2, num_directions=num_directions, layer_offset=0.5)
+        self.dw2 = OrientedConv1d(stem_dim, kernel_size, strides[1], num_directions, layer_offset)
         self.norm2 = LayerNorm(stem_dim, eps=1e-6)
         self.pw2 = nn.Linear(stem_dim, dim)
         self.norm3 = LayerNorm(dim, eps=1e-6)
@@ -192,8 +210,9 @@ class ConvNeXt(nn.Module):
 
     Build one with ``timm.create_model("convnext_tiny_1d", ...)``, which takes all arguments but ``kernels``.
 
-    Stage ``i`` has ``dims[i]`` channels at 1 / 4, 8, 16 and 32 of the image's size. Sizes that are not multiples of 32
-    work: the 1D stem rounds them up, every other layer rounds them down.
+    Stage ``i`` has ``dims[i]`` channels at 1 / 4, 8, 16 and 32 of the image's size (with ``stem_stride`` 2 at 1 / 2, 4,
+    8 and 16, and so on). Sizes that are not multiples of these work: the 1D stem rounds them up, every other layer
+    rounds them down.
 
     Args:
         kernels: ``"2d"``, ``"2dpp"``, ``"1d"`` or ``"1dpp"``.
@@ -205,7 +224,11 @@ class ConvNeXt(nn.Module):
         kernel_sizes: for each stage a list of the odd sizes of its depthwise layers: one, or two for ``1dpp`` and
             ``2dpp``. The stem keeps its own size (31 for ``1d``, 15 for ``1dpp``).
         num_directions: directions of every oriented layer, the stem's included.
+        layer_offset: rotation of every second oriented layer (those of odd blocks, and the second of the stem), in half
+            turns: 0.5 is 90 degrees, 0 turns none.
         stem_dim: channels inside the 1D stem.
+        stem_stride: 4, or 2 or 1 for small images: step of the first stage's pixels in those of the image. All weights
+            have the same shapes, but for those of the 2D stem at stride 1, whose kernel is 3x3.
         layer_scale_init_value: initial scale of each block's branch; 0 for no scale.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
@@ -226,7 +249,9 @@ class ConvNeXt(nn.Module):
         dims: Sequence[int] = SIZES["tiny"][1],
         kernel_sizes: Sequence[Sequence[int]] | None = None,
         num_directions: int = 8,
+        layer_offset: float = 0.5,
         stem_dim: int = 64,
+        stem_stride: int = 4,
         layer_scale_init_value: float = 1e-6,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -237,6 +262,8 @@ class ConvNeXt(nn.Module):
         for name, value in (("depths", depths), ("dims", dims)):
             if len(value) != 4 or min(value) < 1:
                 raise ValueError(f"{name}: expected four positive numbers, one for each stage, got {value}")
+        if stem_stride not in _STEM_STRIDES:
+            raise ValueError(f"stem_stride: expected 4, 2 or 1, got {stem_stride!r}")
         if kernel_sizes is None:
             kernel_sizes = [KERNEL_SIZES[kernels]] * 4
         _check_kernel_sizes(kernels, kernel_sizes)
@@ -245,14 +272,17 @@ class ConvNeXt(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
 
         stem: nn.Module
         if kernels.startswith("1d"):
-            stem = OrientedStem(in_chans, stem_dim, dims[0], KERNEL_SIZES[kernels][0], num_directions)
+            size, strides = KERNEL_SIZES[kernels][0], _STEM_STRIDES[stem_stride]
+            stem = OrientedStem(in_chans, stem_dim, dims[0], size, num_directions, layer_offset, strides)
         else:
-            stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, stride=4), LayerNorm2d(dims[0], eps=1e-6))
+            size = _STEM_KERNELS[stem_stride]
+            conv = nn.Conv2d(in_chans, dims[0], size, stem_stride, padding=(size - stem_stride) // 2)
+            stem = nn.Sequential(conv, LayerNorm2d(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
         for before, after in itertools.pairwise(dims):
             self.downsample_layers.append(
@@ -268,7 +298,7 @@ class ConvNeXt(nn.Module):
                         kernels,
                         kernel_sizes[i],
                         num_directions,
-                        layer_offset=0.5 * (block % 2),
+                        layer_offset=layer_offset * (block % 2),
                         drop_path=next(drop_paths),
                         layer_scale_init_value=layer_scale_init_value,
                     )
@@ -364,7 +394,8 @@ class ConvNeXt(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """``(N, in_chans, H, W)`` to the last stage's output ``(N, dims[3], H / 32, W / 32)``."""
+        """``(N, in_chans, H, W)`` to the last stage's output, ``(N, dims[3], H / 32, W / 32)`` with a stem of
+        stride 4."""
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
         return x

@@ -14,10 +14,13 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.data.auto_augment import AugmentOp
 
+from oriented1d.analysis.study import NETWORKS
 from oriented1d.classification import ImageData
 from oriented1d.cli import main
+from oriented1d.layers import OrientedConv1d
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "classification"
+STUDY = {"study_textures": (3, 64, 2), "study_fashion_mnist": (1, 28, 1)}  # channels, size, stride of the stem
 PUBLISHED = [f"convnext_{size}_{kernels}" for size in ("tiny", "base") for kernels in ("1d", "1dpp", "2d", "2dpp")]
 # Trainable parameters of the published networks.
 PARAMETERS = {
@@ -43,7 +46,7 @@ def build(part: dict[str, Any]) -> Any:
 
 
 def test_every_configuration_is_tested():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*PUBLISHED, "quickstart", "textures"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*PUBLISHED, "quickstart", "textures", *STUDY}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -85,6 +88,24 @@ def test_small_training(name, capsys):
     assert sum(parameter.numel() for parameter in module.model.parameters()) < 3_000_000
     size = data.image_size
     assert module.eval()(torch.zeros(1, 3, size, size)).shape == (1, module.num_classes)
+
+
+@pytest.mark.parametrize("name", STUDY)
+def test_study(name, capsys):
+    """The six networks are alike in size, and keep stages of the sizes that images of 224 have in the paper."""
+    channels, size, stride = STUDY[name]
+    parameters = []
+    for options in NETWORKS.values():
+        config = parse(name, capsys, *options)
+        module = build(config["model"])
+        assert module.model.feature_info[0]["reduction"] == stride
+        assert module(torch.zeros(1, channels, size, size)).shape == (1, module.num_classes)
+        parameters.append(sum(parameter.numel() for parameter in module.parameters()))
+        assert config["trainer"]["max_epochs"] % config["trainer"]["check_val_every_n_epoch"] == 0
+    assert 3_000_000 < min(parameters) < max(parameters) < 4_000_000
+    assert max(parameters) / min(parameters) < 1.08
+    turns = [layer.angles.angles for layer in module.modules() if isinstance(layer, OrientedConv1d)]
+    assert turns == [(0.0,)] * 14  # the last of them is horizontal throughout
 
 
 def test_overrides_reach_the_classes(capsys):

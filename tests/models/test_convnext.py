@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,48 @@ def test_directions_reach_every_layer(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", KINDS)
+@pytest.mark.parametrize(("directions", "offset", "degrees"), [(1, 0, {0}), (2, 0.5, {0, 90}), (1, 0.25, {0, 45})])
+def test_layer_offset_turns_every_second_layer(kernels: str, directions: int, offset: float, degrees: set) -> None:
+    model = small(kernels, num_directions=directions, layer_offset=offset)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, OrientedConv1d)}
+    for name, layer in layers.items():
+        odd = name.endswith("dw2") or (name.startswith("stages") and int(name.split(".")[2]) % 2 == 1)
+        assert torch.equal(layer.theta, layer_angles(layer.channels, directions, offset if odd else 0.0)), name
+    if kernels != "2d":
+        assert {round(math.degrees(angle)) for layer in layers.values() for angle in layer.angles.angles} == degrees
+
+
+@pytest.mark.parametrize("kernels", KINDS)
+def test_a_network_of_horizontal_kernels_never_mixes_rows(kernels: str) -> None:
+    """With no turn, nothing but the 2D kernels and the 2x2 convolutions between stages looks up or down."""
+    model = small(kernels, num_directions=1, layer_offset=0, stem_stride=1).double()
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    feature = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)[0]
+    feature[0, :, 5].pow(2).sum().backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten().tolist()
+    assert (rows == [5]) == kernels.startswith("1d")
+
+
+@pytest.mark.parametrize("kernels", KINDS)
+@pytest.mark.parametrize(
+    ("stride", "strides", "conv"), [(4, (2, 2), (4, 4, 0)), (2, (2, 1), (4, 2, 1)), (1, (1, 1), (3, 1, 1))]
+)
+def test_stem_stride(kernels: str, stride: int, strides: tuple[int, int], conv: tuple[int, int, int]) -> None:
+    model = small(kernels, features_only=True, stem_stride=stride)
+    stem = model.downsample_layers[0]
+    if kernels.startswith("1d"):
+        assert (stem.dw1.stride, stem.dw2.stride) == strides
+    else:
+        assert (stem[0].kernel_size, stem[0].stride, stem[0].padding) == tuple((value,) * 2 for value in conv)
+    assert model.feature_info.reduction() == [stride * 2**i for i in range(4)]
+    sizes = [tuple(feature.shape[2:]) for feature in model(torch.randn(1, 3, 64, 96))]
+    assert sizes == [(64 // r, 96 // r) for r in model.feature_info.reduction()]
+    usual = small(kernels, features_only=True)
+    if stride == 2 or kernels.startswith("1d"):
+        model.load_state_dict(usual.state_dict())  # the weights fit
+
+
+@pytest.mark.parametrize("kernels", KINDS)
 def test_kernel_sizes_reach_every_layer_but_the_stem(kernels: str) -> None:
     sizes = [[3, 5], [7, 9], [11, 13], [15, 17]] if kernels.endswith("pp") else [[3], [7], [11], [15]]
     model = small(kernels, kernel_sizes=sizes)
@@ -185,6 +228,7 @@ def test_kernel_sizes_reach_every_layer_but_the_stem(kernels: str) -> None:
         ({"depths": (1, 1, 1)}, "depths: expected four positive numbers"),
         ({"dims": (8, 16, 0, 64)}, "dims: expected four positive numbers"),
         ({"num_directions": 0}, "num_directions: expected at least 1"),
+        ({"stem_stride": 3}, "stem_stride: expected 4, 2 or 1, got 3"),
         ({"output_norms": True}, "output_norms: expected features_only=True"),
     ],
 )

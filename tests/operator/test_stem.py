@@ -152,9 +152,9 @@ def test_gradient_of_the_image() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled_stem(mode: str | None) -> None:
-    stem = OrientedStem(3, 64, 96, 31, 8).cuda().to(memory_format=torch.channels_last)
+    stem = OrientedStem(3, 64, 96, 31, 8, 0.5, (2, 2)).cuda().to(memory_format=torch.channels_last)
     compiled = torch.compile(stem, fullgraph=True, mode=mode)
-    plain = OrientedStem(3, 64, 96, 31, 8).double()
+    plain = OrientedStem(3, 64, 96, 31, 8, 0.5, (2, 2)).double()
     plain.load_state_dict({name: value.cpu() for name, value in stem.state_dict().items()})
     for size in (64, 64, 96):
         x = torch.randn(4, 3, size, size, device="cuda")
