@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oriented1d.classification.shards import write_shards
+
 CLASSES = {"blue": (40, 60, 220), "green": (50, 200, 60), "red": (230, 40, 30)}
 
 
@@ -27,6 +29,15 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     write_images(root / "train", 16, seed=1)
     write_images(root / "val", 4, seed=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in shards: seven of up to 7 images for training, two for validation."""
+    root = tmp_path_factory.mktemp("shards")
+    write_shards(image_folder / "train", root / "train", images_per_shard=7)
+    write_shards(image_folder / "val", root / "val", images_per_shard=7)
     return root
 
 
