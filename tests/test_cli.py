@@ -51,7 +51,7 @@ def test_help_of_a_command(capsys):
 def test_unknown_command(capsys):
     assert main(["train"]) == 2
     assert (
-        "expected a command (fit, validate, predict, convert, info, draw, erf, export, benchmark), got train"
+        "expected a command (fit, validate, predict, shards, convert, info, draw, erf, export, benchmark), got train"
         in error_of(capsys)
     )
 

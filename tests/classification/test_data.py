@@ -216,7 +216,7 @@ def test_unreadable_images_are_replaced_and_named_once(options, broken, capsys, 
 def test_more_than_one_percent_stop_the_run(options, broken, capsys):
     for i in range(4):
         spoil(broken / "train" / "red" / f"{i}.png")
-    arguments = ["--data.root", str(broken), "--data.batch_size=50", "--data.total_batch_size=50"]
+    arguments = [f"--data.root={broken}", "--data.batch_size=50", "--data.total_batch_size=50"]
     assert main(["fit", *options, *arguments]) == 1
     printed = capsys.readouterr()
     named = [line for line in printed.out.splitlines() if "cannot be read" in line]
