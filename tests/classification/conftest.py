@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from oriented1d.classification.shards import write_shards
@@ -21,6 +23,15 @@ def write_images(folder: Path, number: int, seed: int) -> None:
         for i in range(number):
             pixels = np.clip(np.array(colour) + rng.normal(0, 25, (36, 40, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small come to a halt when two threads wait for a core that another program has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
