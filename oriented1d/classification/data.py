@@ -425,10 +425,16 @@ class ImageData(L.LightningDataModule):
 
     def _open_shards(self, files: list[Path], split: str) -> FileImages:
         index = Path(self.root or "") / (re.sub(r"[^\w.-]", "_", split) + ".index.npz")
-        first = self.trainer is None or self.trainer.is_global_zero
-        shards = open_shards(files, index) if first else None
+        shards: Shards | UserError | None = None
+        if self.trainer is None or self.trainer.is_global_zero:
+            try:
+                shards = open_shards(files, index)
+            except UserError as error:
+                shards = error  # the others wait for an answer
         if self.trainer is not None:
             shards = self.trainer.strategy.broadcast(shards)
+        if isinstance(shards, UserError):
+            raise shards
         assert shards is not None
         names = files[0].parent / CLASS_NAMES
         if names.is_file():
