@@ -15,12 +15,13 @@ commands:
   fit        train:                    oriented1d fit --config configs/classification/quickstart.yaml
   validate   evaluate:                 oriented1d validate --config FILE --ckpt_path FILE
   predict    write predictions:        oriented1d predict --config FILE --ckpt_path FILE --data.images FOLDER
+  shards     write tar shards:         oriented1d shards FOLDER OUT
   convert    convert a checkpoint:     oriented1d convert CHECKPOINT OUT [--to backbone|safetensors] [--ema]
   info       describe a network:       oriented1d info MODEL | --all
   draw       draw taps and kernels:    oriented1d draw [MODEL] [--weights FILE]
   erf        receptive fields:         oriented1d erf compute MODEL --output FILE; oriented1d erf plot FILE ...
   export     to another format:        oriented1d export MODEL OUT --to onnx|torch-export
-  benchmark  measure speed:            oriented1d benchmark operator|table5|network
+  benchmark  measure speed:            oriented1d benchmark operator|network|segmentation|detection|input|table5
   study      compare variants:         oriented1d study run CONFIG ...; oriented1d study report
   doctor     versions and self-check:  oriented1d doctor
 
@@ -43,6 +44,12 @@ def _train(command: str) -> Callable[[list[str]], int]:
         return 0
 
     return run_command
+
+
+def _shards(args: list[str]) -> int:
+    from oriented1d.classification import shards
+
+    return shards.main(args)
 
 
 def _convert(args: list[str]) -> int:
@@ -74,6 +81,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "fit": _train("fit"),
     "validate": _train("validate"),
     "predict": _train("predict"),
+    "shards": _shards,
     "convert": _convert,
     "info": _analysis("info"),
     "draw": _analysis("draw"),

@@ -50,7 +50,7 @@ def test_help_of_a_command(capsys):
 
 def test_unknown_command(capsys):
     assert main(["train"]) == 2
-    commands = "fit, validate, predict, convert, info, draw, erf, export, benchmark, study, doctor"
+    commands = "fit, validate, predict, shards, convert, info, draw, erf, export, benchmark, study, doctor"
     assert f"expected a command ({commands}), got train" in error_of(capsys)
 
 

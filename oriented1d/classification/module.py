@@ -169,9 +169,6 @@ class ImageClassifier(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def on_train_epoch_start(self) -> None:
-        self.trainer.datamodule.set_epoch(self.current_epoch)  # type: ignore[attr-defined]
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         if self.mix is not None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import lightning as L
-from torch.utils.data import Dataset, DistributedSampler
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from oriented1d.training.errors import UserError
 
@@ -81,6 +82,34 @@ class EpochSampler(DistributedSampler):
         return iter(self.all()[self.had() * self.batch_size :])
 
 
+class StreamSampler(EpochSampler):
+    """Samples of files that are best read from their beginning to their end, such as tar shards.
+
+    The files of an epoch follow one another in random order. Each process has an equal part of that sequence, which may
+    begin and end inside a file, and moves each sample of it by a random number of places: at most ``buffer``, so that
+    it is read while its file is.
+
+    Args:
+        dataset, trainer, batch_size, seed: as of :class:`EpochSampler`.
+        lengths: samples of each file, in the order of the data set.
+        buffer: places.
+    """
+
+    def __init__(
+        self, dataset: Sized, trainer: L.Trainer, batch_size: int, seed: int, lengths: Sequence[int], buffer: int
+    ) -> None:
+        super().__init__(dataset, trainer, batch_size, seed)
+        self.files = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
+        self.buffer = buffer
+
+    def all(self) -> list[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = np.concatenate([self.files[file] for file in random.permutation(len(self.files))])
+        mine = order[self.rank * self.num_samples : (self.rank + 1) * self.num_samples]
+        places = np.arange(len(mine)) + random.uniform(0, self.buffer, len(mine))
+        return (self.epoch * len(order) + mine[np.argsort(places)]).tolist()
+
+
 class GroupedSampler(EpochSampler):
     """Lists of samples of one group, such as upright and wide images, in the order in which groups fill up.
 
@@ -113,6 +142,14 @@ class GroupedSampler(EpochSampler):
 
     def __len__(self) -> int:
         return super().__len__() // self.batch_size
+
+
+class LateLoader(DataLoader):
+    """Asks its sampler for samples when the first batch is wanted, and not before: Lightning makes the iterator early,
+    when a run that goes on does not know yet where."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 class Lists(Dataset[list[Any]]):

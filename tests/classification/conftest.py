@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from oriented1d.classification.shards import write_shards
 
 CLASSES = {"blue": (40, 60, 220), "green": (50, 200, 60), "red": (230, 40, 30)}
 
@@ -21,12 +25,30 @@ def write_images(folder: Path, number: int, seed: int) -> None:
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small come to a halt when two threads wait for a core that another program has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``train`` with 16 and ``val`` with 4 images of each of three classes."""
     root = tmp_path_factory.mktemp("images")
     write_images(root / "train", 16, seed=1)
     write_images(root / "val", 4, seed=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in shards: seven of up to 7 images for training, two for validation."""
+    root = tmp_path_factory.mktemp("shards")
+    write_shards(image_folder / "train", root / "train", images_per_shard=7)
+    write_shards(image_folder / "val", root / "val", images_per_shard=7)
     return root
 
 

@@ -126,24 +126,22 @@ def described(transform: Any) -> list[str]:
 def test_training_transform_is_the_recipes():
     transform = ImageData().train_transform()
     assert described(transform) == [
-        "RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor", "Normalize",
-        "RandomErasing",
+        "RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybePILToTensor",
     ]  # fmt: skip
-    crop, flip, augment, _, _, erasing = transform.transforms
+    crop, flip, augment, _ = transform.transforms
     assert (crop.size, crop.scale, str(crop.interpolation)) == ((224, 224), (0.08, 1.0), "InterpolationMode.BICUBIC")
     assert flip.p == 0.5
     assert augment.num_layers == 2
     assert {(op.magnitude, op.magnitude_std) for op in augment.ops} == {(9, 0.5)}
     assert "PosterizeIncreasing" in {op.name for op in augment.ops}
-    assert (erasing.probability, erasing.rand_color or erasing.per_pixel) == (0.25, True)
 
 
 @pytest.mark.parametrize(
     ("size", "resize", "steps"),
     [
-        (224, 256, ["Resize", "CenterCrop", "MaybeToTensor", "Normalize"]),
-        (64, 73, ["Resize", "CenterCrop", "MaybeToTensor", "Normalize"]),
-        (384, (384, 384), ["Resize", "CenterCrop", "MaybeToTensor", "Normalize"]),
+        (224, 256, ["Resize", "CenterCrop", "MaybePILToTensor"]),
+        (64, 73, ["Resize", "CenterCrop", "MaybePILToTensor"]),
+        (384, (384, 384), ["Resize", "CenterCrop", "MaybePILToTensor"]),
     ],
 )
 def test_validation_transform(size, resize, steps):

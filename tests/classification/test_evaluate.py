@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from oriented1d.classification.data import ImageData
+from oriented1d.classification.data import EvalSet, ImageData
 from oriented1d.cli import main
 from oriented1d.training.command import Command
 
@@ -52,8 +52,9 @@ def probabilities(path: Path, prefix: str, images: torch.Tensor) -> torch.Tensor
 @pytest.fixture(scope="module")
 def expected(trained, image_folder) -> dict[str, float]:
     """Accuracy of the weights and of their average, computed without Lightning."""
-    dataset = ImageData(str(image_folder), image_size=32).create_split(training=False)
-    images = torch.stack([dataset[i][0] for i in range(12)])
+    data = ImageData(str(image_folder), image_size=32)
+    dataset = EvalSet(data.create_split(training=False), data.eval_transform())
+    images = data.normalise(torch.stack([dataset[i][0] for i in range(12)]))
     labels = torch.tensor([dataset[i][1] for i in range(12)])
     assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     accuracy = {
@@ -152,7 +153,8 @@ def test_predict_writes_class_probability_and_file(options, trained, pictures, t
             assert row["error"]
             continue
         with Image.open(row["file"]) as image:
-            p = probabilities(trained, "ema.module." if ema else "model.", transform(image.convert("RGB"))[None])[0]
+            pixels = data.normalise(transform(image.convert("RGB"))[None])
+        p = probabilities(trained, "ema.module." if ema else "model.", pixels)[0]
         assert row["class"] == ["blue", "green", "red"][int(p.argmax())]
         assert float(row["probability"]) == pytest.approx(float(p.max()), abs=2e-5)
         assert row["error"] == ""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from oriented1d.training.batches import accumulation_steps, keep_total_batch
+from oriented1d.training.batches import LateLoader, accumulation_steps, keep_total_batch
 from oriented1d.training.errors import UserError
 
 
@@ -48,3 +48,23 @@ def test_accumulation_is_not_given_twice():
 def test_a_data_set_smaller_than_a_step_is_refused():
     with pytest.raises(UserError, match="at most the 4095 training samples, got 4096"):
         keep_total_batch(trainer(), 4096, 128, 4095)
+
+
+def test_a_late_loader_asks_for_samples_when_the_first_batch_is_wanted():
+    asked = []
+
+    class Watched:
+        def __iter__(self):
+            asked.append(True)
+            return iter(range(6))
+
+        def __len__(self) -> int:
+            return 6
+
+    loader = LateLoader(range(10), 2, sampler=Watched(), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    for epoch in (1, 2):
+        iterator = iter(loader)
+        assert len(asked) == epoch - 1
+        assert next(iterator).tolist() == [0, 1]
+        assert len(asked) == epoch
+        assert [batch.tolist() for batch in iterator] == [[2, 3], [4, 5]]

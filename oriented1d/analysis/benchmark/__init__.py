@@ -1,5 +1,5 @@
 """Speed, measured side by side: ``oriented1d benchmark operator``, ``table5``, ``network``, ``segmentation``,
-``detection``."""
+``detection`` and ``input``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from oriented1d.analysis.benchmark import dense, network, operator
+from oriented1d.analysis.benchmark import dense, input, network, operator
 from oriented1d.analysis.benchmark.results import environment, print_table, write_csv
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
@@ -85,9 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     for command, runs in ((layer, 15), (table5, 15), (net, 30), *((task, 30) for task in tasks)):
         command.add_argument("--device", type=_device, default=default_device, help="default: cuda, if there is one")
         command.add_argument("--runs", type=_positive, default=runs, help="timed runs of each (default: %(default)s)")
-        command.add_argument("--output", metavar="CSV", help="CSV file to write")
     for command in (layer, table5, net):
         command.add_argument("--plot", metavar="FIGURE", help="figure to write, of any file type matplotlib writes")
+    data = commands.add_parser("input", help="images per second of the input pipeline, and cores that a GPU needs")
+    data.add_argument("--config", metavar="FILE", help="configuration of a training (default: ImageNet's recipe)")
+    data.add_argument("--data.root", dest="root", metavar="FOLDER", help="images (default: made up, in both layouts)")
+    data.add_argument("--images", type=_positive, default=1024, help="to load (default: %(default)s)")
+    data.add_argument("--workers", type=_positive, nargs="+", default=[1, 2], help="(default: 1 2)")
+    data.add_argument("--gpu-rate", type=_positive, default=4000, help="images/s of training (default: %(default)s)")
+    data.set_defaults(device=torch.device("cpu"))
+    for command in (layer, table5, net, *tasks, data):
+        command.add_argument("--output", metavar="CSV", help="CSV file to write")
     parser.set_defaults(plot=None)
     return parser
 
@@ -110,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``oriented1d benchmark``. 1 if a network could not be measured, else 0."""
     options = _parser().parse_args(argv)
     _check_outputs(options)
-    runs = {"operator": operator.run, "table5": operator.run_table5, "network": network.run}
+    runs = {"operator": operator.run, "table5": operator.run_table5, "network": network.run, "input": input.run}
     rows = runs.get(options.command, dense.run)(options)
     device = str(environment(options.device)["device"])
     title = f"{options.command} on {device}, "
@@ -118,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         title += f"{options.runs} runs after {options.warmup} to warm up; training without the optimizer's step"
     elif options.command in ("segmentation", "detection"):
         title += f"{options.runs} steps of training after {options.warmup} to warm up"
+    elif options.command == "input":
+        title += "nothing done with the images"
     else:
         title += "medians in ms"
     print_table(rows, title)

@@ -70,7 +70,7 @@ def measure(case: Case) -> DenseMeasurement:
     device = torch.device(case.device)
     model = _model(case).to(device, memory_format=memory_format(case.layout == "channels_last")).train()  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    loss = {"segmentation": _segmentation_loss, "detection": _detection_loss}[case.task]
+    loss: Callable[..., Tensor] = {"segmentation": _segmentation_loss, "detection": _detection_loss}[case.task]
 
     def train(batch: tuple[Tensor, object]) -> None:
         optimizer.zero_grad()
@@ -166,13 +166,15 @@ def _detection_loss(model: nn.Module, images: Tensor, truths: object) -> Tensor:
 def run(options: argparse.Namespace) -> list[dict[str, object]]:
     """One row for each network and layout, in the order given."""
     rows = []
+    height, width = options.size
     for model in options.models:
         for layout in options.layouts:
             case = Case(
                 options.command,
                 model,
                 options.batch_size,
-                *options.size,
+                height,
+                width,
                 options.dtype,
                 layout,
                 str(options.device),
