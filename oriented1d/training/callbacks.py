@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from oriented1d.layers import OrientedConv1d
 from oriented1d.training.errors import UserError
@@ -149,10 +150,12 @@ class LastCheckpoint(_Checkpoint):
         self._leave |= wish == 2
         if loop._num_ready_batches_reached() or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
             return  # saved after the validation or the epoch: Lightning would not make them up
-        if self._leave or wish or (self.steps is not None and trainer.global_step % self.steps == 0):
-            if not self._should_skip_saving_checkpoint(trainer):
-                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._end_if_told(trainer)
+        due = bool(self._leave or wish or (self.steps is not None and trainer.global_step % self.steps == 0))
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._end_if_told(trainer)  # not before, so that the metrics of the step before are logged
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -357,7 +360,8 @@ class StopAtBadLoss(Callback):
         numbers, self._losses = self._losses, []
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            numbers.append(nn.utils.get_total_norm(gradients))
+            norm = nn.utils.get_total_norm(gradients)
+            numbers.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         bad = (~torch.stack([number.float() for number in numbers]).isfinite()).any().float()
         if not read_later(trainer, bad, dist.ReduceOp.MAX)():
             return

@@ -22,11 +22,13 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from oriented1d.training.callbacks import BestCheckpoint, LastCheckpoint, Progress, RandomStates, StopAtBadLoss, Summary
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
 from oriented1d.training.restart import Metrics, RunStatus, WholeCheckpoints, find_interrupted
+from oriented1d.training.sharding import FullySharded
 
 _EXPECTED_WARNINGS = (
     "LightningCLI's args parameter is intended",  # with several devices, the other processes need sys.argv too
@@ -119,6 +121,10 @@ class Command(LightningCLI):
             # The last one comes last: it holds the state of the others.
             callbacks += [self._get(self.config_init, "bad_loss"), *best, self._get(self.config_init, "checkpoint")]
             kwargs["plugins"] = _plugins(trainer.plugins)
+            if trainer.strategy == "fsdp":
+                if not is_overridden("configure_model", self.model):
+                    raise UserError("trainer.strategy: expected ddp, got fsdp, which is for image classification")
+                kwargs["strategy"] = FullySharded()
         else:
             self.save_config_callback = None
             kwargs["logger"] = False

@@ -24,7 +24,7 @@ from oriented1d.files import unfinished
 from oriented1d.training.errors import UserError
 
 STATUS = "status"
-"""File in the folder of a run: ``running`` or ``finished``; locked by the process that writes the run."""
+"""File in the folder of a run: ``not finished`` or ``finished``; locked by the process that writes the run."""
 
 
 def find_interrupted(root: Path, config: dict[str, Any]) -> Path | None:
@@ -96,7 +96,7 @@ class RunStatus(Callback):
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(f"{self.folder}: another process just took up this run") from error
-        self._write("running")
+        self._write("not finished")
         for partial in (self.folder / "checkpoints").glob(".*.ckpt"):  # a kill left them unfinished
             partial.unlink()
 
@@ -167,6 +167,7 @@ class Metrics(CSVLogger):
     def __init__(self, save_dir: str, version: int, start: int = 0) -> None:
         super().__init__(save_dir, name="", version=version)
         self._start = start
+        self._save_next = False
 
     @property
     @rank_zero_experiment
@@ -192,4 +193,12 @@ class Metrics(CSVLogger):
         return keys
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        self.save()  # so that no row before a checkpoint is lost
+        # So that no row before a checkpoint is lost. That of the step itself is yet to come.
+        self.save()
+        self._save_next = True
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        super().log_metrics(*args, **kwargs)
+        if self._save_next:
+            self.save()
+            self._save_next = False
