@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from oriented1d.classification import ImageClassifier, ImageData
+from oriented1d.cli import main
 from oriented1d.segmentation import SegmentationData, SemanticSegmenter
 from tests.classification.conftest import write_images
 from tests.segmentation.conftest import mosaic
@@ -107,6 +109,72 @@ def test_gradients_and_average_on_2_and_4_processes(tmp_path: Path) -> None:
             torch.testing.assert_close(several["state"][name], one["state"][name], rtol=0, atol=2e-3)
     start = one["state"]["model.head.weight"]
     assert not torch.equal(start, one["state"]["ema.module.head.weight"])
+
+
+def test_sharded_weights_are_those_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two processes with FSDP write the checkpoint that one without writes: weights, average, groups and moments.
+
+    The network is one without oriented layers: numba's view of a weight keeps FSDP from freeing it on the CPU.
+    """
+    write_images(tmp_path / "train", 16, seed=1)
+    write_images(tmp_path / "val", 4, seed=2)
+    settings = {
+        "threads": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.max_epochs": 3,
+        "trainer.gradient_clip_val": 0.5,
+        "trainer.num_sanity_val_steps": 0,
+        "bad_loss.skip": 1,
+        "model": "oriented1d.classification.ImageClassifier",
+        "model.network": "convnext_atto_2d",
+        "model.network_args": '{"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16]}',
+        "model.num_classes": 3,
+        "model.drop_path_rate": 0,
+        "model.mixup": 0,
+        "model.cutmix": 0,
+        "model.layer_decay": 0.8,
+        "model.warmup_epochs": 1,
+        "model.ema_decay": 0.7,
+        "data": "oriented1d.classification.ImageData",
+        "data.root": tmp_path,
+        "data.image_size": 32,
+        "data.total_batch_size": 48,
+        "data.num_workers": 0,
+        "data.scale": "[1, 1]",
+        "data.ratio": "[1, 1]",
+        "data.hflip": 0,
+        "data.color_jitter": 0,
+        "data.auto_augment": "null",
+        "data.erasing": 0,
+    }
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    several = [*options, "--trainer.devices=2", "--trainer.strategy=fsdp", "--data.batch_size=24"]
+    command = [sys.executable, "-m", "oriented1d.cli", "fit", *several, f"--trainer.default_root_dir={tmp_path}/two"]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert main(["fit", *options, "--data.batch_size=48", f"--trainer.default_root_dir={tmp_path}/one"]) == 0
+    two, one = (
+        torch.load(tmp_path / name / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("two", "one")
+    )
+    assert two["global_step"] == one["global_step"] == 3
+    assert two["state_dict"].keys() == one["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-4, atol=2e-5)
+    groups, expected = [by_group(end["optimizer_states"][0]) for end in (two, one)]
+    assert groups.keys() == expected.keys()
+    for name, (decay, moments) in expected.items():
+        assert groups[name][0] == decay
+        for moment, other in zip(groups[name][1], moments, strict=True):
+            torch.testing.assert_close(moment, other, rtol=1e-3, atol=1e-6)
+    assert main(["fit", *several, "--model=oriented1d.segmentation.SemanticSegmenter"]) == 1
+    assert "trainer.strategy: expected ddp, got fsdp" in capsys.readouterr().err
+
+
+def by_group(optimizer: dict[str, Any]) -> dict[str, tuple[float, list[Tensor]]]:
+    """Weight decay and first moments of each group."""
+    moments = {number: state["exp_avg"] for number, state in optimizer["state"].items()}
+    groups = optimizer["param_groups"]
+    return {g["name"]: (g["weight_decay"], [moments[number] for number in g["params"]]) for g in groups}
 
 
 @pytest.mark.gpu
