@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from oriented1d.detection.cascade import Truth
 from oriented1d.detection.transforms import SHORT_SIDES, Sample, TrainTransform, pad, pad_masks
-from oriented1d.training.batches import GroupedSampler, Lists, Shard, TrainLoader, keep_total_batch
+from oriented1d.training.batches import GroupedSampler, Lists, Shard, keep_total_batch
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import find_images
 from oriented1d.training.images import MEAN, STD, read_image, resize_image, scaled_size, to_tensor
@@ -297,7 +297,7 @@ class DetectionData(L.LightningDataModule):
         # Lightning cannot know that the sampler goes on where the run stopped.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         wide = [int(image["width"] >= image["height"]) for image in self.train_set.images]
-        return TrainLoader(
+        return DataLoader(
             Lists(self.train_set),
             batch_size=None,
             sampler=GroupedSampler(self.train_set, self.trainer, self.batch_size, self.seed, wide),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from oriented1d.segmentation.transforms import IGNORED, TrainTransform
-from oriented1d.training.batches import EpochSampler, Shard, TrainLoader, keep_total_batch
+from oriented1d.training.batches import EpochSampler, Shard, keep_total_batch
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import find_images
 from oriented1d.training.images import MEAN, STD, read_image, resize_image, scaled_size, to_tensor
@@ -262,7 +262,7 @@ class SegmentationData(L.LightningDataModule):
         assert self.trainer is not None
         # Lightning cannot know that the sampler goes on where the run stopped.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-        return TrainLoader(
+        return DataLoader(
             self.train_set,
             batch_size=self.batch_size,
             sampler=EpochSampler(self.train_set, self.trainer, self.batch_size, self.seed),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import lightning as L
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from oriented1d.training.errors import UserError
 
@@ -123,16 +123,6 @@ class Lists(Dataset[list[Any]]):
 
     def __getitem__(self, samples: list[int]) -> list[Any]:
         return [self.dataset[sample] for sample in samples]
-
-
-class TrainLoader(DataLoader):
-    """A loader that asks its sampler when the first batch is wanted, not before.
-
-    Lightning makes the iterator of a run that goes on before it has read where that run was, and workers begin at once.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
 
 
 class Shard(DistributedSampler):
