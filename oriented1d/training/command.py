@@ -233,6 +233,11 @@ def run(command: str, args: list[str]) -> None:
     except ArgumentError as error:
         message = plain(str(error))
         raise UserError(message + _suggestion(message)) from error
+    except OSError as error:
+        # On a full disk the loggers fail too, when they are closed after the error that matters.
+        if isinstance(error.__context__, UserError):
+            raise error.__context__ from None
+        raise
     except ValueError as error:
         # What a class raised when it was made, wrapped by jsonargparse.
         if "Does not validate against any of the Union" in str(error) and error.__cause__ is not None:
