@@ -216,7 +216,7 @@ class RandomStates(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if len(self._loaded) == trainer.world_size:
             self._restore(self._loaded[trainer.global_rank])
-        else:
+        elif self._loaded or trainer.global_rank > 0:
             if self._loaded and trainer.is_global_zero:
                 print(
                     f"the checkpoint has the random states of {len(self._loaded)} processes, there are "
