@@ -22,6 +22,7 @@ from oriented1d.models import load_checkpoint  # importing the networks makes th
 from oriented1d.training.errors import UserError
 from oriented1d.training.optimizer import parameter_groups
 from oriented1d.training.schedule import warmup_cosine_scheduler
+from oriented1d.training.sharding import FullySharded, shard
 
 
 class ImageClassifier(L.LightningModule):
@@ -155,6 +156,11 @@ class ImageClassifier(L.LightningModule):
                     )
                 self.ema = _average(self.model, self.ema_decay)
             self.class_names = data.class_names
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FullySharded):
+            for network in [self.model] + ([self.ema.module] if self.ema is not None else []):
+                shard(network, self.trainer.strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.lr, self.weight_decay, layer_decay=self.layer_decay)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import random
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import numpy as np
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from oriented1d.layers import OrientedConv1d
 from oriented1d.training.errors import UserError
@@ -33,20 +39,150 @@ def run_folder(trainer: L.Trainer) -> Path | None:
     return Path(trainer.loggers[0].log_dir or trainer.default_root_dir)
 
 
-def last_checkpoint(trainer: L.Trainer) -> str:
+def last_checkpoint(trainer: L.Trainer) -> Path | None:
     """The newest checkpoint that this run wrote, or went on from."""
-    saved = [str(c.best_model_path) for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
-    return str(next(filter(None, [*saved, trainer.ckpt_path]), "none, nothing was saved yet"))
+    saved = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
+    return next((Path(file) for file in [*saved, trainer.ckpt_path] if file and Path(file).is_file()), None)
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt``, written after each epoch."""
+def _last_good(trainer: L.Trainer) -> str:
+    return f"last good checkpoint: {last_checkpoint(trainer) or 'none, nothing was saved yet'}"
 
-    def __init__(self) -> None:
+
+def stop(trainer: L.Trainer, message: str) -> NoReturn:
+    """End the run on all processes, which call this at the same step; the first one says why.
+
+    Raises:
+        UserError: on the first process, with ``message``.
+        SystemExit: on the others.
+    """
+    if trainer.is_global_zero:
+        raise UserError(message)
+    raise SystemExit(_exit_code(trainer, 1))
+
+
+def _exit_code(trainer: L.Trainer, code: int) -> int:
+    """``code``, or 0 in a process that Lightning started: it would kill the first one as soon as another failed."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else code
+
+
+def read_later(trainer: L.Trainer, value: Tensor, op: dist.ReduceOp.RedOpType) -> Callable[[], float]:
+    """Start to reduce a number over all processes and to copy it to the host.
+
+    Returns:
+        function that gives the reduced number, and waits for it if it has not arrived.
+    """
+    if trainer.world_size > 1:
+        dist.all_reduce(value, op)
+    if not value.is_cuda:
+        return value.item
+    copy, copied = value.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return read
+
+
+class _Checkpoint(ModelCheckpoint):
+    """Keeps one file, which the next one replaces. Where it cannot be written, all processes stop."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(enable_version_counter=False, **options)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        failure: UserError | None = None
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        except UserError as error:  # of the process that writes; the others wait
+            failure = error
+            trainer.strategy.barrier()
+        failed = trainer.strategy.broadcast(str(failure) if failure is not None else None)
+        if failed is not None:
+            stop(trainer, f"{failed}; {_last_good(trainer)}")
+
+
+class LastCheckpoint(_Checkpoint):
+    """Keeps ``last.ckpt``: written after each validation or epoch, in between, and when the process is told to end.
+
+    SIGTERM, which clusters send before they take a machine away, lets the step end, writes the checkpoint and ends the
+    run with exit code 143. During a validation, and in the last step before one, it waits for the validation.
+
+    Args:
+        minutes: time between checkpoints; None is after validations or epochs only.
+        steps: optimizer steps between checkpoints, beside ``minutes``.
+    """
+
+    def __init__(self, minutes: float | None = 15, steps: int | None = None) -> None:
         super().__init__(filename="last")
+        self.minutes = minutes
+        self.steps = steps
+        self._told = self._leave = False
+        self._wish: Callable[[], float] = lambda: 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._saved_at = time.monotonic()
+        # Lightning's handler talks to the other processes at once, in the middle of whatever they do, and its loop asks
+        # them before each step, for which the host waits for the device.
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def _on_sigterm(self, *args: Any) -> None:
+        self._told = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        due = self.minutes is not None and time.monotonic() - self._saved_at >= 60 * self.minutes
+        # 2 leaves, 1 saves. Of other processes it is known one step later.
+        wish = 2.0 if self._told else float(due and trainer.is_global_zero)
+        if trainer.world_size > 1:
+            before = self._wish()
+            self._wish = read_later(trainer, torch.full((), wish, device=pl_module.device), dist.ReduceOp.MAX)
+            wish = before
+        self._leave |= wish == 2
+        if loop._num_ready_batches_reached() or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+            return  # saved after the validation or the epoch: Lightning would not make them up
+        due = bool(self._leave or wish or (self.steps is not None and trainer.global_step % self.steps == 0))
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._end_if_told(trainer)  # not before, so that the metrics of the step before are logged
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_at = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._end_if_told(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._end_if_told(trainer)
+
+    def _end_if_told(self, trainer: L.Trainer) -> None:
+        if not self._leave or self._last_global_step_saved != trainer.global_step:
+            return
+        if trainer.is_global_zero:
+            print(
+                f"SIGTERM at step {trainer.global_step}: saved {_short(self.best_model_path)}; "
+                "the same command goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
+        raise SystemExit(_exit_code(trainer, 128 + signal.SIGTERM))
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_Checkpoint):
     """Keeps ``{filename}.ckpt`` of the epoch with the highest ``monitor``."""
 
     def __init__(self, monitor: str, filename: str) -> None:
@@ -54,26 +190,52 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class RandomStates(Callback):
-    """Keeps the states of the random numbers in checkpoints, so that a run that is taken up again draws what an
-    uninterrupted one would (dropout, drop path)."""
+    """Gives each process random numbers of its own for training, and keeps their states in checkpoints: a run that is
+    taken up again draws what an uninterrupted one would (mixup, dropout, drop path)."""
 
     def __init__(self) -> None:
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"torch": torch.get_rng_state(), "cuda": cuda}
+        generator: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+        state = {
+            "python": random.getstate(),
+            "numpy": {**generator, "state": {**generator["state"], "key": generator["state"]["key"].tolist()}},
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        states = [state]
+        if dist.is_initialized():
+            states = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(states, state)
+        return {"processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        self._loaded = state_dict.get("processes", [])
 
-    def on_train_batch_start(self, *args: Any) -> None:
-        if self._loaded is None:
-            return
-        torch.set_rng_state(self._loaded["torch"].cpu())
-        if len(self._loaded["cuda"]) == torch.cuda.device_count() > 0:
-            torch.cuda.set_rng_state_all([state.cpu() for state in self._loaded["cuda"]])
-        self._loaded = None
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if len(self._loaded) == trainer.world_size:
+            self._restore(self._loaded[trainer.global_rank])
+        elif self._loaded or trainer.global_rank > 0:
+            if self._loaded and trainer.is_global_zero:
+                print(
+                    f"the checkpoint has the random states of {len(self._loaded)} processes, there are "
+                    f"{trainer.world_size}: they start anew"
+                )
+            # The networks were made with the same seed everywhere.
+            seed = torch.initial_seed() + trainer.global_step * trainer.world_size + trainer.global_rank
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002 - timm's mixup draws from numpy's global generator
+            torch.manual_seed(seed)
+        self._loaded = []
+
+    @staticmethod
+    def _restore(state: dict[str, Any]) -> None:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 class Progress(TQDMProgressBar):
@@ -127,6 +289,8 @@ class Progress(TQDMProgressBar):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        if not self._batches:
+            return  # the epoch was over when the run was stopped
         pl_module.log("train/images_per_second", self._images_per_second, rank_zero_only=True)
         if not trainer.is_global_zero:
             return
@@ -144,24 +308,39 @@ class Progress(TQDMProgressBar):
 class StopAtBadLoss(Callback):
     """Stops the run when a loss is nan or infinite, before a checkpoint is written with such weights.
 
-    The loss of a step is looked at after the next step was launched, so that the host does not wait for the device.
+    The loss of a step is looked at after the next step was launched, so that the host does not wait for the device. On
+    several processes all of them stop at the same step.
+
+    Args:
+        skip: optimizer steps with a bad loss, or with gradients that are not finite, to leave out before the run stops.
+            Weights, moments of the optimizer and gradients stay as if there had been no such step; the schedule goes
+            on. To know before the step, the host waits for the device. Steps that float16's loss scaling leaves out do
+            not count.
     """
 
-    def __init__(self) -> None:
-        self._pending: tuple[int, int, float, Tensor, torch.cuda.Event | None] | None = None
+    def __init__(self, skip: int = 0) -> None:
+        self.skip = skip
+        self.skipped = 0
+        self._losses: list[Tensor] = []
+        self._pending: tuple[int, int, float, Callable[[], float]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict["skipped"]
 
     def _check(self, trainer: L.Trainer) -> None:
         if self._pending is None:
             return
-        step, epoch, lr, loss, copied = self._pending
+        step, epoch, lr, read = self._pending
         self._pending = None
-        if copied is not None:
-            copied.synchronize()
-        if not math.isfinite(float(loss)):
-            self._stop(trainer, f"the loss is {float(loss)} at step {step} (epoch {epoch}), learning rate {lr:.3g}")
+        loss = read()
+        if not math.isfinite(loss):
+            self._stop(trainer, f"the loss is {loss} at step {step} (epoch {epoch}), learning rate {lr:.3g}")
 
     def _stop(self, trainer: L.Trainer, what: str) -> NoReturn:
-        raise UserError(f"{what}; last good checkpoint: {last_checkpoint(trainer)}")
+        stop(trainer, f"{what}; {_last_good(trainer)}")
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -169,17 +348,42 @@ class StopAtBadLoss(Callback):
         # At the end of the batch these are already those of the next step.
         self._step = (trainer.global_step, trainer.current_epoch, self._rate(trainer))
 
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if self.skip:
+            self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not self.skip:
+            return
+        numbers, self._losses = self._losses, []
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            numbers.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        bad = (~torch.stack([number.float() for number in numbers]).isfinite()).any().float()
+        if not read_later(trainer, bad, dist.ReduceOp.MAX)():
+            return
+        optimizer.zero_grad(set_to_none=True)  # optimizers leave alone what has no gradient
+        self.skipped += 1
+        step, epoch, lr = self._step
+        what = f"the loss or its gradients are not finite at step {step} (epoch {epoch}), learning rate {lr:.3g}"
+        if self.skipped > self.skip:
+            self._stop(trainer, f"{what}, after {self.skip} skipped steps")
+        if trainer.is_global_zero:
+            print(f"\n{what}: skipped, {self.skipped} of at most {self.skip}", file=sys.stderr, flush=True)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._check(trainer)
-        loss: Tensor = (outputs["loss"] if isinstance(outputs, Mapping) else outputs).detach()
-        copied = None
-        if loss.is_cuda:
-            loss = loss.to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-        self._pending = (*self._step, loss, copied)
+        if self.skip:
+            pl_module.log("train/skipped_steps", float(self.skipped))
+            return
+        loss: Tensor = (outputs["loss"] if isinstance(outputs, Mapping) else outputs).detach().float()
+        # A sum is not finite where one of its parts is not.
+        self._pending = (*self._step, read_later(trainer, loss.clone(), dist.ReduceOp.SUM))
 
     @staticmethod
     def _rate(trainer: L.Trainer) -> float:
@@ -191,7 +395,7 @@ class StopAtBadLoss(Callback):
         self._check(trainer)
         # The last steps of an epoch may have spoilt the weights after their own loss was computed.
         for name, value in trainer.callback_metrics.items():
-            if "loss" in name and not math.isfinite(float(value)):
+            if name.startswith("val/") and "loss" in name and not math.isfinite(float(value)):
                 where = f"step {trainer.global_step} (epoch {trainer.current_epoch})"
                 self._stop(trainer, f"{name} is {float(value)} at {where}, learning rate {self._rate(trainer):.3g}")
 
@@ -238,7 +442,11 @@ class Summary(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and trainer.state.fn == "fit":
-            print(f"\nInterrupted at step {trainer.global_step}; last checkpoint: {last_checkpoint(trainer)}")
+            checkpoint = last_checkpoint(trainer)
+            print(
+                f"\nInterrupted at step {trainer.global_step}; last checkpoint: "
+                + (f"{_short(checkpoint)}, the same command goes on from there" if checkpoint else "none")
+            )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = run_folder(trainer)

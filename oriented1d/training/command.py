@@ -11,24 +11,33 @@ import re
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from oriented1d.training.callbacks import BestCheckpoint, LastCheckpoint, Progress, RandomStates, StopAtBadLoss, Summary
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
+from oriented1d.training.restart import Metrics, RunStatus, WholeCheckpoints, find_interrupted
+from oriented1d.training.sharding import FullySharded
 
 _EXPECTED_WARNINGS = (
     "LightningCLI's args parameter is intended",  # with several devices, the other processes need sys.argv too
     "Experiment logs directory .* exists and is not empty",  # the folder is shared with TensorBoard's log
     r"Found \d+ module\(s\) in eval mode at the start of training",  # the moving average
     "Be aware that when using `ckpt_path`, callbacks used",  # validate and predict write no checkpoints
+    r"Checkpoint directory .* exists and is not empty",  # a run that goes on
     "The dirpath has changed from",  # a resumed run writes into a folder of its own
+    "It is recommended to use `self.log\\('train/images_per_second'",  # the first process knows
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning with torch 2.11
 )
 
@@ -37,7 +46,8 @@ class Command(LightningCLI):
     """Lightning's command line with our loggers, callbacks and checks.
 
     A run of ``fit`` writes into ``{trainer.default_root_dir}/version_N`` with the next free ``N``: nothing that an
-    earlier run saved is touched.
+    earlier run saved is touched. Only where that run was stopped, and had the same configuration, is it taken up again
+    (docs/training.md).
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -46,7 +56,7 @@ class Command(LightningCLI):
             trainer_defaults={
                 "default_root_dir": "runs",
                 "enable_model_summary": False,
-                "callbacks": [Summary(), Progress(), StopAtBadLoss(), RandomStates()],
+                "callbacks": [Summary(), Progress(), RandomStates()],
             },
             seed_everything_default=0,
             # An ArgumentError instead of three lines of usage and the end of the process; no guessing of options.
@@ -71,6 +81,15 @@ class Command(LightningCLI):
             help="CPU threads of each process; null leaves the choice to torch. A small network trains about as fast "
             "with one, and does not come to a halt when other programs need the cores.",
         )
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto", "never"],
+            default="auto",
+            help="auto takes up the newest run in trainer.default_root_dir that has this very configuration and was "
+            "stopped, from its last checkpoint; never starts a new run.",
+        )
+        parser.add_class_arguments(LastCheckpoint, "checkpoint")
+        parser.add_class_arguments(StopAtBadLoss, "bad_loss")
 
     def before_instantiate_classes(self) -> None:
         threads = self._get(self.config, "threads")
@@ -92,21 +111,60 @@ class Command(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = self._get(self.config_init, "trainer")
+        callbacks = self.trainer_defaults["callbacks"]
         if self.subcommand == "fit":
             root = os.path.abspath(trainer.default_root_dir)
             check_writable(root, "trainer.default_root_dir")
             if trainer.logger is None and not trainer.fast_dev_run:
-                tensorboard = TensorBoardLogger(root, name="")
-                kwargs["logger"] = [tensorboard, CSVLogger(root, name="", version=tensorboard.version)]
+                kwargs["logger"] = self._choose_run(Path(root))
             best = [BestCheckpoint(monitor, filename) for filename, monitor in self.model.monitors.items()]
             # The last one comes last: it holds the state of the others.
-            self.trainer_defaults["callbacks"] += [*best, LastCheckpoint()]
+            callbacks += [self._get(self.config_init, "bad_loss"), *best, self._get(self.config_init, "checkpoint")]
+            kwargs["plugins"] = _plugins(trainer.plugins)
+            if trainer.strategy == "fsdp":
+                if not is_overridden("configure_model", self.model):
+                    raise UserError("trainer.strategy: expected ddp, got fsdp, which is for image classification")
+                kwargs["strategy"] = FullySharded()
         else:
             self.save_config_callback = None
             kwargs["logger"] = False
         if self.subcommand == "predict" and trainer.devices == "auto":
             kwargs["devices"] = 1  # the predictions are one file
         return super().instantiate_trainer(**kwargs)
+
+    def _choose_run(self, root: Path) -> list[Logger]:
+        """Loggers of a new run, or of one that was stopped and goes on."""
+        checkpoint = None
+        if self._get(self.config, "resume") == "auto":
+            checkpoint = find_interrupted(root, yaml.safe_load(self._dump()))
+        if checkpoint is None:
+            tensorboard, step = TensorBoardLogger(root, name=""), 0
+        else:
+            _check_checkpoint(str(checkpoint))
+            step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+            tensorboard = TensorBoardLogger(
+                root, name="", version=int(checkpoint.parents[1].name.removeprefix("version_")), purge_step=step
+            )
+            self.config_init[self.subcommand].ckpt_path = str(checkpoint)
+            self.save_config_callback = None  # it is there, and the same
+            if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                print(f"going on from step {step} of {checkpoint} (--resume never starts a new run)", flush=True)
+        self.trainer_defaults["callbacks"].append(RunStatus(Path(tensorboard.log_dir), checkpoint))
+        return [tensorboard, Metrics(str(root), int(tensorboard.version), step)]
+
+    def _dump(self) -> str:
+        """What ``config.yaml`` of the run holds."""
+        return self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+
+
+def _plugins(given: Any) -> list[Any]:
+    plugins = list(given) if isinstance(given, list) else [given] if given is not None else []
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(WholeCheckpoints())
+    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        # Lightning would save in the middle of a step, into a folder that all runs share.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def _check_checkpoint(path: str) -> None:
@@ -175,6 +233,11 @@ def run(command: str, args: list[str]) -> None:
     except ArgumentError as error:
         message = plain(str(error))
         raise UserError(message + _suggestion(message)) from error
+    except OSError as error:
+        # On a full disk the loggers fail too, when they are closed after the error that matters.
+        if isinstance(error.__context__, UserError):
+            raise error.__context__ from None
+        raise
     except ValueError as error:
         # What a class raised when it was made, wrapped by jsonargparse.
         if "Does not validate against any of the Union" in str(error) and error.__cause__ is not None:
