@@ -209,9 +209,6 @@ class ArrayData(L.LightningDataModule):
         on_device = torch.from_numpy(pixels).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
         return DeviceBatches(self, *on_device, training)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing: the batches ask the trainer for the epoch."""
-
     def train_dataloader(self) -> DeviceBatches:
         # Lightning cannot know that the batches go on where the run stopped.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
