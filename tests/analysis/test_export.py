@@ -176,6 +176,16 @@ def test_programs(kernels: str, tmp_path: Path) -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
+def test_a_program_compiled_ahead_of_time(tmp_path: Path) -> None:
+    model = small("1dpp")
+    export.export_program(model, tmp_path / "model.pt2", 64)
+    program = torch.export.load(tmp_path / "model.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(images), model(images), rtol=0, atol=1e-5)
+
+
 def test_a_program_of_any_size_in_another_process(tmp_path: Path) -> None:
     model = small("1d")
     export.export_program(model, tmp_path / "model.pt2", 64, dynamic_size=True)
