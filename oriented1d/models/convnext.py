@@ -122,7 +122,8 @@ class OrientedStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pw, dw, norm = self.pw1, self.dw1, self.norm1
-        if stem.supported(x, dw.weight, dw.angles, dw.stride):
+        # An export may have put other modules in their place.
+        if isinstance(dw, OrientedConv1d) and stem.supported(x, dw.weight, dw.angles, dw.stride):
             parameters = pw.weight, pw.bias, dw.weight, dw.angles, dw.bias, norm.weight, norm.bias
             x = stem.oriented_stem(x, *parameters, norm.eps, dw.stride)
         else:
