@@ -19,9 +19,14 @@ def goldens() -> Path:
     return folder
 
 
+THREADS = torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _alone() -> None:
+    """The same seed for every test, and the same number of threads: runs with ``--threads`` set it for the process."""
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

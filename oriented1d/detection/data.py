@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from oriented1d.detection.cascade import Truth
 from oriented1d.detection.transforms import SHORT_SIDES, Sample, TrainTransform, pad, pad_masks
-from oriented1d.training.batches import GroupedSampler, LateLoader, Lists, Shard, keep_total_batch
+from oriented1d.training.batches import GroupedSampler, Lists, eval_loader, keep_total_batch, train_loader
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import find_images
 from oriented1d.training.images import MEAN, STD, read_image, resize_image, scaled_size, to_tensor
@@ -294,29 +293,12 @@ class DetectionData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        # Lightning cannot know that the sampler goes on where the run stopped.
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         wide = [int(image["width"] >= image["height"]) for image in self.train_set.images]
-        return LateLoader(
-            Lists(self.train_set),
-            batch_size=None,
-            sampler=GroupedSampler(self.train_set, self.trainer, self.batch_size, self.seed, wide),
-            collate_fn=train_batch,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the loader's seeds for workers come from here, not from what dropout uses
-        )
+        sampler = GroupedSampler(self.train_set, self.trainer, self.batch_size, self.seed, wide)
+        return train_loader(Lists(self.train_set), sampler, self.num_workers, batch_size=None, collate_fn=train_batch)
 
     def val_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        return DataLoader(
-            self.test_set,
-            batch_size=1,
-            collate_fn=test_batch,
-            sampler=Shard(self.test_set, self.trainer),
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-        )
+        return eval_loader(self.test_set, self.trainer, self.num_workers, test_batch)
 
     predict_dataloader = val_dataloader

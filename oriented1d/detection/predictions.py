@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchvision.io import write_png
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -15,10 +14,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from oriented1d.detection.cascade import Detections, paste
 from oriented1d.detection.results import to_coco, write_json
 from oriented1d.files import unfinished
-from oriented1d.segmentation.predictions import palette
-from oriented1d.training.errors import UserError
-from oriented1d.training.files import check_writable
 from oriented1d.training.images import read_image
+from oriented1d.training.predictions import FolderWriter, palette
 
 
 def draw(image: Tensor, found: Detections, names: list[str], shown: float) -> Tensor:
@@ -34,19 +31,16 @@ def draw(image: Tensor, found: Detections, names: list[str], shown: float) -> Te
     return draw_bounding_boxes(image, boxes, texts, colours, width=2)
 
 
-class PredictionWriter(Callback):
+class PredictionWriter(FolderWriter):
     """Writes ``{name}.png`` for each image, and ``detections.json`` in COCO's format with their file names."""
 
     def __init__(self, folder: str, shown: float) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.shown = shown
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise UserError(f"trainer.devices: predict runs on one device, got {trainer.world_size}")
-        check_writable(self.folder, "model.predictions")
+        super().on_predict_start(trainer, pl_module)
         self._results: list[dict[str, Any]] = []
-        self._names: dict[str, int] = {}
 
     def on_predict_batch_end(
         self,
@@ -62,14 +56,10 @@ class PredictionWriter(Callback):
         for found, file, image_id, size in zip(outputs, batch["files"], batch["ids"], batch["originals"], strict=True):
             for result in to_coco(found, image_id, size, list(range(number))):
                 self._results.append({"file": file, "class": names[result["category_id"]], **result})
-            stem = Path(file).stem
-            self._names[stem] = self._names.get(stem, 0) + 1
-            if self._names[stem] > 1:  # files of one name in several folders
-                stem = f"{stem}_{self._names[stem]}"
             pixels = torch.from_numpy(read_image(Path(file))).permute(2, 0, 1)
-            with unfinished(self.folder / f"{stem}.png") as partial:
+            with unfinished(self.folder / f"{self.name(file)}.png") as partial:
                 write_png(draw(pixels, found, names, self.shown), str(partial))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: L.Trainer, *args: Any) -> None:
         write_json(self._results, self.folder / "detections.json")
-        print(f"{sum(self._names.values())} images predicted: {self.folder}")
+        super().on_predict_end(trainer, *args)

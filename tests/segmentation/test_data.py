@@ -9,10 +9,11 @@ from PIL import Image
 
 from oriented1d.segmentation.data import TestSet as ImagesToTest
 from oriented1d.segmentation.data import TrainSet, class_names, find_pairs, read_labels
-from oriented1d.segmentation.predictions import overlay, palette
+from oriented1d.segmentation.predictions import overlay
 from oriented1d.segmentation.transforms import TrainTransform, distort
 from oriented1d.training.batches import EpochSampler, Shard
 from oriented1d.training.errors import UserError
+from oriented1d.training.predictions import palette
 from tests.segmentation.conftest import COLOURS
 
 
