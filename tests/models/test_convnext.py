@@ -482,6 +482,24 @@ def test_other_feature_classes_of_timm() -> None:
 # Compilation ---------------------------------------------------------------------------------------------------------
 
 
+def test_bfloat16_is_as_close_to_float64_as_in_timm() -> None:
+    sizes = {"depths": (1, 1, 3, 1), "dims": (32, 64, 96, 128), "num_classes": 100}
+    x = torch.randn(4, 3, 96, 96)
+
+    def distance(name: str, scale: str) -> float:
+        torch.manual_seed(0)
+        model = timm.create_model(name, **sizes, **{scale: 0.5}).eval()
+        with torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16):
+                low = model(x)
+            return relative_error(low, model.double()(x.double()))
+
+    timms = distance("convnext_atto", "ls_init_value")
+    assert timms > 1e-3
+    for kernels in ("1d", "1dpp", "2d", "2dpp"):
+        assert distance(f"convnext_atto_{kernels}", "layer_scale_init_value") < 1.5 * timms
+
+
 def test_compile_under_autocast_has_no_graph_break() -> None:
     model = small("1d", depths=(1, 1, 1, 1)).eval()
     x = torch.randn(2, 3, 64, 64)
