@@ -11,7 +11,7 @@ from torch import nn
 
 import oriented1d.models  # noqa: F401  (registers our networks with timm)
 from oriented1d.models.checkpoints import load_checkpoint
-from oriented1d.training.errors import UserError
+from oriented1d.training.errors import UserError, blamed_on
 
 
 def create(name: str, weights: str | Path | None = None, ema: bool = False, **options: Any) -> nn.Module:
@@ -33,8 +33,6 @@ def create(name: str, weights: str | Path | None = None, ema: bool = False, **op
         raise UserError(f"model: expected a network that timm knows, got {name!r}{hint}")
     model = timm.create_model(name, pretrained=weights == "timm", **options)
     if weights is not None and weights != "timm":
-        try:
+        with blamed_on("weights"):
             load_checkpoint(model, weights, ema=ema)
-        except (OSError, ValueError) as error:
-            raise UserError(f"weights: {error}") from error
     return model.eval()

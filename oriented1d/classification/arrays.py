@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from oriented1d.classification.data import in_one_only
+from oriented1d.training.batches import expect_parts_of_epochs
 from oriented1d.training.errors import UserError
 from oriented1d.training.images import read_image
 
@@ -210,8 +210,7 @@ class ArrayData(L.LightningDataModule):
         return DeviceBatches(self, *on_device, training)
 
     def train_dataloader(self) -> DeviceBatches:
-        # Lightning cannot know that the batches go on where the run stopped.
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+        expect_parts_of_epochs()
         return self.train_batches
 
     def val_dataloader(self) -> DeviceBatches:

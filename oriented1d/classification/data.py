@@ -7,7 +7,6 @@ import math
 import os
 import random
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, get_worker_info
 
 from oriented1d.classification.shards import CLASS_NAMES, Shards, open_shards
-from oriented1d.training.batches import EpochSampler, LateLoader, Shard, StreamSampler, keep_total_batch
+from oriented1d.training.batches import (
+    EpochSampler,
+    Shard,
+    StreamSampler,
+    keep_total_batch,
+    worker_loader,
+)
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import find_images
 
@@ -459,21 +464,11 @@ class ImageData(L.LightningDataModule):
 
     def loader(self, dataset: Dataset, sampler: Iterable, drop_last: bool = False) -> DataLoader:
         """Batches of the samples of ``dataset`` that ``sampler`` names, made by workers."""
-        return LateLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the loader's seeds for workers come from here, not from what dropout uses
-        )
+        options = {"batch_size": self.batch_size, "drop_last": drop_last}
+        return worker_loader(dataset, sampler, self.num_workers, **options)
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        # Lightning cannot know that the sampler goes on where the run stopped.
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         data, shards = self.train_set, _shards(self.train_set.images)
         sampler = EpochSampler(data, self.trainer, self.batch_size, data.seed)
         if shards is not None:

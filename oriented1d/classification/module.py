@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from oriented1d.classification.data import in_one_only
 from oriented1d.classification.predictions import PredictionWriter
 from oriented1d.models import load_checkpoint  # importing the networks makes them known to timm
-from oriented1d.training.errors import UserError
+from oriented1d.training.errors import UserError, blamed_on
 from oriented1d.training.optimizer import parameter_groups
 from oriented1d.training.schedule import warmup_cosine_scheduler
 from oriented1d.training.sharding import FullySharded, shard
@@ -99,10 +99,8 @@ class ImageClassifier(L.LightningModule):
         except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"model.network: cannot make {network} with {network_args or {}}: {error}") from error
         if pretrained is not None:
-            try:
+            with blamed_on("model.pretrained"):
                 load_checkpoint(self.model, pretrained, ema=use_ema)
-            except (OSError, ValueError) as error:
-                raise UserError(f"model.pretrained: {error}") from error
         self.ema: ModelEmaV3 | None = None
         self.mix: Mixup | None = None
         self.loss: nn.Module

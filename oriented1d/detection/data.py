@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from oriented1d.detection.cascade import Truth
 from oriented1d.detection.transforms import SHORT_SIDES, Sample, TrainTransform, pad, pad_masks
-from oriented1d.training.batches import GroupedSampler, Lists, eval_loader, keep_total_batch, train_loader
+from oriented1d.training.batches import GroupedSampler, Lists, eval_loader, keep_total_batch, worker_loader
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import find_images
 from oriented1d.training.images import MEAN, STD, read_image, resize_image, scaled_size, to_tensor
@@ -295,7 +295,7 @@ class DetectionData(L.LightningDataModule):
         assert self.trainer is not None
         wide = [int(image["width"] >= image["height"]) for image in self.train_set.images]
         sampler = GroupedSampler(self.train_set, self.trainer, self.batch_size, self.seed, wide)
-        return train_loader(Lists(self.train_set), sampler, self.num_workers, batch_size=None, collate_fn=train_batch)
+        return worker_loader(Lists(self.train_set), sampler, self.num_workers, batch_size=None, collate_fn=train_batch)
 
     def val_dataloader(self) -> DataLoader:
         assert self.trainer is not None

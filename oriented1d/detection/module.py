@@ -17,7 +17,7 @@ from oriented1d.detection.predictions import PredictionWriter
 from oriented1d.detection.results import NAMES, evaluate, to_coco, write_json
 from oriented1d.models.checkpoints import load_dense_checkpoint
 from oriented1d.training.callbacks import run_folder
-from oriented1d.training.errors import UserError
+from oriented1d.training.errors import UserError, blamed_on
 from oriented1d.training.optimizer import parameter_groups
 from oriented1d.training.schedule import warmup_steps_down_scheduler
 
@@ -85,10 +85,8 @@ class ObjectDetector(L.LightningModule):
         self.class_names: list[str] | None = None
         self.model = CascadeMaskRCNN(network, network_args, num_classes, drop_path_rate, channels, hidden, settings)
         if pretrained is not None:
-            try:
+            with blamed_on("model.pretrained"):
                 load_dense_checkpoint(self.model, pretrained)
-            except (OSError, ValueError) as error:
-                raise UserError(f"model.pretrained: {error}") from error
         self._found: list[dict[str, Any]] = []
         self._seen: list[int] = []
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from oriented1d.segmentation.transforms import IGNORED, TrainTransform
-from oriented1d.training.batches import EpochSampler, eval_loader, keep_total_batch, train_loader
+from oriented1d.training.batches import EpochSampler, eval_loader, keep_total_batch, worker_loader
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import find_images
 from oriented1d.training.images import MEAN, STD, read_image, resize_image, scaled_size, to_tensor
@@ -260,7 +260,7 @@ class SegmentationData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         sampler = EpochSampler(self.train_set, self.trainer, self.batch_size, self.seed)
-        return train_loader(self.train_set, sampler, self.num_workers, batch_size=self.batch_size, drop_last=True)
+        return worker_loader(self.train_set, sampler, self.num_workers, batch_size=self.batch_size, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
         assert self.trainer is not None

@@ -18,7 +18,7 @@ from oriented1d.segmentation import inference
 from oriented1d.segmentation.metrics import SegmentationScores
 from oriented1d.segmentation.predictions import PredictionWriter
 from oriented1d.segmentation.upernet import UPerNet
-from oriented1d.training.errors import UserError
+from oriented1d.training.errors import UserError, blamed_on
 from oriented1d.training.optimizer import parameter_groups
 from oriented1d.training.schedule import warmup_poly_scheduler
 
@@ -89,10 +89,8 @@ class SemanticSegmenter(L.LightningModule):
         self.class_names: list[str] | None = None
         self.model = UPerNet(network, network_args, num_classes, drop_path_rate, channels, auxiliary_channels)
         if pretrained is not None:
-            try:
+            with blamed_on("model.pretrained"):
                 load_dense_checkpoint(self.model, pretrained)
-            except (OSError, ValueError) as error:
-                raise UserError(f"model.pretrained: {error}") from error
         self.scores = SegmentationScores(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import lightning as L
@@ -53,6 +53,11 @@ def keep_total_batch(trainer: L.Trainer, total_batch_size: int, batch_size: int,
         trainer.limit_train_batches = num_samples // total_batch_size * steps
 
 
+def expect_parts_of_epochs() -> None:
+    """Let Lightning not warn of loaders that go on in the middle of an epoch, where the run stopped."""
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+
+
 class EpochSampler(DistributedSampler):
     """Samples of one process, shuffled, numbered ``epoch * len(dataset) + index``.
 
@@ -68,6 +73,7 @@ class EpochSampler(DistributedSampler):
 
     def __init__(self, dataset: Sized, trainer: L.Trainer, batch_size: int, seed: int) -> None:
         super().__init__(dataset, trainer.world_size, trainer.global_rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        expect_parts_of_epochs()
         self.trainer = trainer
         self.batch_size = batch_size
 
@@ -154,11 +160,8 @@ class LateLoader(DataLoader):
         yield from super().__iter__()
 
 
-def train_loader(dataset: Dataset, sampler: EpochSampler, num_workers: int, **options: Any) -> DataLoader:
-    """Loader of a training set whose samples are numbered as in :class:`EpochSampler`. ``options`` are those of
-    ``DataLoader``."""
-    # Lightning cannot know that the sampler goes on where the run stopped.
-    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+def worker_loader(dataset: Dataset, sampler: Iterable[Any], num_workers: int, **options: Any) -> DataLoader:
+    """Loader whose workers live on from epoch to epoch. ``options`` are those of ``DataLoader``."""
     return LateLoader(
         dataset,
         sampler=sampler,

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from oriented1d.analysis.benchmark.network import DTYPES, Measurement, isolated, times
-from oriented1d.analysis.benchmark.results import quantiles
+from oriented1d.analysis.benchmark.network import Measurement, autocast, isolated, speed, times
 from oriented1d.operator.layout import memory_format
 
 OBJECTS = 7
@@ -74,7 +73,7 @@ def measure(case: Case) -> DenseMeasurement:
 
     def train(batch: tuple[Tensor, object]) -> None:
         optimizer.zero_grad()
-        with torch.autocast(device.type, DTYPES[case.dtype], enabled=case.dtype != "float32"):
+        with autocast(device, case.dtype):
             total = loss(model, *batch)
         total.backward()
         optimizer.step()
@@ -190,7 +189,10 @@ def run(options: argparse.Namespace) -> list[dict[str, object]]:
 
 def row_of(case: Case, result: DenseMeasurement | str) -> dict[str, object]:
     """A line of the table and the CSV file; ``result`` is a measurement, or what went wrong."""
-    row: dict[str, object] = {
+    first = again = ""
+    if not isinstance(result, str) and result.changing is not None:
+        first, again = (f"{seconds:.2f}" for seconds in result.changing)
+    return {
         "task": case.task,
         "model": case.model,
         "batch": case.batch,
@@ -199,23 +201,9 @@ def row_of(case: Case, result: DenseMeasurement | str) -> dict[str, object]:
         "layout": case.layout,
         "warmup": case.warmup,
         "runs": case.runs,
-        "img_per_s_p20": "",
-        "img_per_s_p50": "",
-        "img_per_s_p80": "",
-        "ms_p50": "",
-        "peak_memory_mib": "",
+        **speed(case.batch, result),
         "changing_sizes": case.sizes or "",
-        "changing_first_s": "",
-        "changing_again_s": "",
-        "error": "",
+        "changing_first_s": first,
+        "changing_again_s": again,
+        "error": result if isinstance(result, str) else "",
     }
-    if isinstance(result, str):
-        return {**row, "error": result}
-    rates = quantiles([case.batch / ms * 1e3 for ms in result.ms])
-    row |= {f"img_per_s_p{q}": f"{rate:.2f}" for q, rate in zip((20, 50, 80), rates, strict=True)}
-    row["ms_p50"] = f"{quantiles(result.ms)[1]:.3f}"
-    if result.peak_memory_mib is not None:
-        row["peak_memory_mib"] = f"{result.peak_memory_mib:.0f}"
-    if result.changing is not None:
-        row |= {f"changing_{name}_s": f"{s:.2f}" for name, s in zip(("first", "again"), result.changing, strict=True)}
-    return row

@@ -102,7 +102,7 @@ def _inference(model: nn.Module, images: torch.Tensor, case: Case) -> Callable[[
     run = torch.compile(model) if case.compile else model
 
     def step() -> None:
-        with torch.inference_mode(), _autocast(case):
+        with torch.inference_mode(), autocast(images.device, case.dtype):
             run(images)
 
     return step
@@ -115,15 +115,16 @@ def _training(model: nn.Module, images: torch.Tensor, case: Case) -> Callable[[]
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with _autocast(case):
+        with autocast(images.device, case.dtype):
             loss = F.cross_entropy(run(images), labels)
         loss.backward()
 
     return step
 
 
-def _autocast(case: Case) -> torch.autocast:
-    return torch.autocast(torch.device(case.device).type, DTYPES[case.dtype], enabled=case.dtype != "float32")
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Autocast to one of :data:`DTYPES`; none for ``"float32"``."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def times(step: Callable[[], object], device: torch.device, runs: int) -> list[float]:
@@ -190,9 +191,21 @@ def _answer(sender: Connection, function: Callable[[C], M], case: C) -> None:
         sender.send(answer)
 
 
+def speed(batch: int, result: Measurement | str) -> dict[str, object]:
+    """Columns of images per second, time and memory of steps of ``batch`` images; empty where nothing was measured."""
+    if isinstance(result, str):
+        return dict.fromkeys(("img_per_s_p20", "img_per_s_p50", "img_per_s_p80", "ms_p50", "peak_memory_mib"), "")
+    rates = quantiles([batch / ms * 1e3 for ms in result.ms])
+    return {
+        **{f"img_per_s_p{q}": f"{rate:.2f}" for q, rate in zip((20, 50, 80), rates, strict=True)},
+        "ms_p50": f"{quantiles(result.ms)[1]:.3f}",
+        "peak_memory_mib": "" if result.peak_memory_mib is None else f"{result.peak_memory_mib:.0f}",
+    }
+
+
 def row_of(case: Case, result: Measurement | str) -> dict[str, object]:
     """A line of the table and the CSV file; ``result`` is a measurement, or what went wrong."""
-    row: dict[str, object] = {
+    return {
         "model": case.model,
         "mode": case.mode,
         "batch": case.batch,
@@ -202,21 +215,9 @@ def row_of(case: Case, result: Measurement | str) -> dict[str, object]:
         "compile": case.compile,
         "warmup": case.warmup,
         "runs": case.runs,
-        "img_per_s_p20": "",
-        "img_per_s_p50": "",
-        "img_per_s_p80": "",
-        "ms_p50": "",
-        "peak_memory_mib": "",
-        "error": "",
+        **speed(case.batch, result),
+        "error": result if isinstance(result, str) else "",
     }
-    if isinstance(result, str):
-        return {**row, "error": result}
-    rates = quantiles([case.batch / ms * 1e3 for ms in result.ms])
-    row |= {f"img_per_s_p{q}": f"{rate:.2f}" for q, rate in zip((20, 50, 80), rates, strict=True)}
-    row["ms_p50"] = f"{quantiles(result.ms)[1]:.3f}"
-    if result.peak_memory_mib is not None:
-        row["peak_memory_mib"] = f"{result.peak_memory_mib:.0f}"
-    return row
 
 
 def run(options: argparse.Namespace) -> list[dict[str, object]]:
