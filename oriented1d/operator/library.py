@@ -116,11 +116,20 @@ def _warn_once(reason: str) -> None:
 
 
 def _run_conv(
-    input: Tensor, weight: Tensor, bias: Tensor | None, layer: geometry.Directions, stride: int, residual: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: geometry.Directions,
+    stride: int,
+    residual: bool,
+    recorded: bool = False,
 ) -> Tensor:
     taps = geometry.layer_taps(layer, weight.shape[-1])
     _check(input, weight, "weight", taps)
-    return backend_for(input, taps, stride).forward(input, _matrix(weight), bias, taps, stride, residual)
+    backend = backend_for(input, taps, stride)
+    if recorded and input.is_cuda and backend is not portable:
+        backend.expect_gradients(input, taps, stride)
+    return backend.forward(input, _matrix(weight), bias, taps, stride, residual)
 
 
 def _run_grad_input(
@@ -358,7 +367,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, layer, stride, residual):
         _keep(ctx, input, weight, None, layer, stride, residual)
-        return _run_conv(input, weight, bias, layer, stride, residual)
+        return _run_conv(input, weight, bias, layer, stride, residual, recorded=True)
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -225,6 +225,27 @@ def test_views(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_forward_pass_begins_to_compile_all_of_the_backward_pass(dtype: torch.dtype, fmt: str, stride: int) -> None:
+    from oriented1d.operator.cuda import compiler
+
+    angles = torch.full((16,), 0.1 + 0.01 * torch.rand(()).item()).double()  # no other test has compiled it
+    x = torch.randn(2, 16, 20, 20, device="cuda", dtype=dtype).to(memory_format=FORMATS[fmt])
+    w = torch.randn(16, 7, device="cuda", dtype=dtype)
+    before = len(compiler._codes)
+    with torch.no_grad():
+        oriented_conv1d(x, w, angles, stride=stride)
+    assert len(compiler._codes) == before + 1
+    y = oriented_conv1d(x.requires_grad_(), w.requires_grad_(), angles, stride=stride)
+    begun = set(compiler._codes)
+    assert len(begun) > before + 1
+    y.sum().backward()
+    assert set(compiler._codes) == begun
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_weight_gradient_is_the_same_bits_every_time(fmt: str) -> None:
     x = torch.randn(32, 96, 28, 28, device="cuda").to(memory_format=FORMATS[fmt])

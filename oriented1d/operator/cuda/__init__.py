@@ -48,11 +48,35 @@ def _unsupported(dtype: torch.dtype, device: torch.device, taps: LayerTaps, stri
 
 
 def forward(input: Tensor, weight: Tensor, bias: Tensor | None, taps: LayerTaps, stride: int, residual: bool) -> Tensor:
-    n, c, hi, wi = input.shape
     last = is_channels_last(input)
-    output = new_images(input, (n, c, -(-hi // stride), -(-wi // stride)), last)
+    output = new_images(input, _output_shape(input.shape, stride), last)
     _gather("gather", input, output, weight, bias, taps, stride, last, reverse=False, residual=residual)
     return output
+
+
+def _output_shape(shape: torch.Size, stride: int) -> tuple[int, int, int, int]:
+    n, c, height, width = shape
+    return n, c, -(-height // stride), -(-width // stride)
+
+
+def expect_gradients(input: Tensor, taps: LayerTaps, stride: int) -> None:
+    """Start to compile what the backward pass of a call on ``input`` will need, while its forward pass is compiled."""
+    _expect_gradients(input.shape, input.dtype, is_channels_last(input), input.device, taps, stride)
+
+
+@functools.lru_cache(maxsize=4096)
+def _expect_gradients(
+    shape: torch.Size, dtype: torch.dtype, last: bool, device: torch.device, taps: LayerTaps, stride: int
+) -> None:
+    if shape.numel() == 0:
+        return
+    output = torch.Size(_output_shape(shape, stride))
+    gradients = ("gather" if stride == 1 else "adjoint", output, shape), ("weight", shape, output)
+    with compiler.current(device):
+        for kind, in_shape, out_shape in gradients:
+            for angles in _angles(taps):
+                spec, _ = _choose(kind, in_shape, out_shape, dtype, last, 16, device, taps, stride, angles)
+                compiler.begin(spec, device)
 
 
 def grad_input(
@@ -240,7 +264,7 @@ def _table(
     return [row for part in by_program for row in part + [(0, 0, 0)] * (per_program - len(part))], per_program
 
 
-def _mma_launch(
+def _mma_spec(
     kind: str,
     in_shape: torch.Size,
     out_shape: torch.Size,
@@ -250,23 +274,28 @@ def _mma_launch(
     taps: LayerTaps,
     stride: int,
     angles: tuple[float, ...],
-) -> _Launch | None:
-    """The layer on tensor cores; None where that kernel does not fit it."""
-    n, c, hi, wi = in_shape
-    ho, wo = out_shape[2:]
-    phases, so = (stride**2, stride) if kind == "adjoint" else (1, 1)
-    oh, ow = -(-ho // so), -(-wo // so)
-    table, _ = _table(taps, angles, phases, mma.CHANNELS, 4)
-    vector = _granule(taps, table, dtype.itemsize, alignment) // 2
-    processors, memory = compiler.limits(device)
+) -> mma.Spec | None:
+    """The kernel for a layer on tensor cores; None where there is none for it."""
     if compiler.capability(device) < (8, 0):
         return None
-    spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), (oh, ow), memory)
-    if spec is None:
-        return None
-    table, _ = _table(taps, angles, phases, mma.CHANNELS, vector)
+    n, _, hi, wi = in_shape
+    phases, oh, ow = _phases(kind, out_shape, stride)
     if n * (max(hi, wi, oh, ow) + taps.kernel_size) >= 2**29:
         return None
+    table, _ = _table(taps, angles, phases, mma.CHANNELS, 4)
+    vector = _granule(taps, table, dtype.itemsize, alignment) // 2
+    _, memory = compiler.limits(device)
+    return mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), (oh, ow), memory)
+
+
+def _mma_launch(
+    spec: mma.Spec, in_shape: torch.Size, out_shape: torch.Size, device: torch.device, taps: LayerTaps
+) -> _Launch:
+    n, c, hi, wi = in_shape
+    ho, wo = out_shape[2:]
+    phases, oh, ow = _phases(spec.kind, out_shape, spec.stride)
+    processors, _ = compiler.limits(device)
+    table, _ = _table(taps, spec.angles, phases, mma.CHANNELS, spec.vector)
     groups = [row for row in table if row[2]]
     shares = mma.share(spec, groups, n, (hi, wi), (oh, ow), 2 * c * max(hi * wi, ho * wo), processors)
     splits = max(row[4] for row in shares.rows)
@@ -340,6 +369,43 @@ def _work(
     return starts, np.array([segment for block in work for segment in block], dtype=np.int32), parts
 
 
+def _angles(taps: LayerTaps) -> list[tuple[float, ...]]:
+    """The distinct angles of a layer, as many together as a kernel has programs for."""
+    distinct = sorted(set(taps.directions.angles))
+    return [tuple(distinct[i : i + _ANGLES_PER_KERNEL]) for i in range(0, len(distinct), _ANGLES_PER_KERNEL)]
+
+
+def _phases(kind: str, out_shape: torch.Size, stride: int) -> tuple[int, int, int]:
+    """Programs of an angle, and height and width of the outputs of one."""
+    ho, wo = out_shape[2:]
+    return (stride**2, -(-ho // stride), -(-wo // stride)) if kind == "adjoint" else (1, ho, wo)
+
+
+def _choose(
+    kind: str,
+    in_shape: torch.Size,
+    out_shape: torch.Size,
+    dtype: torch.dtype,
+    last: bool,
+    alignment: int,
+    device: torch.device,
+    taps: LayerTaps,
+    stride: int,
+    angles: tuple[float, ...],
+) -> tuple[Spec | mma.Spec, int]:
+    """The kernel for the channels of ``angles``, and the bytes of shared memory of a block."""
+    if last and dtype.itemsize == 2:
+        spec = _mma_spec(kind, in_shape, out_shape, dtype, alignment, device, taps, stride, angles)
+        if spec is not None:
+            return spec, spec.shared_bytes
+    _, oh, ow = _phases(kind, out_shape, stride)
+    _, memory = compiler.limits(device)
+    even = alignment % (2 * dtype.itemsize) == 0 and all(run.start % 2 == run.stop % 2 == 0 for run in taps.runs)
+    widest = max(run.stop - run.start for run in taps.runs)
+    sizes = max(oh, ow), max(in_shape[2:])
+    return _spec(kind, last, dtype, taps.kernel_size, stride, angles, even, widest, *sizes, memory)
+
+
 @functools.lru_cache(maxsize=4096)
 def _launches(
     kind: str,
@@ -354,24 +420,14 @@ def _launches(
 ) -> tuple[_Launch, ...]:
     n, c, hi, wi = in_shape
     ho, wo = out_shape[2:]
-    phases = stride**2 if kind == "adjoint" else 1
-    oh, ow = (-(-ho // stride), -(-wo // stride)) if kind == "adjoint" else (ho, wo)
-    distinct = sorted(set(taps.directions.angles))
-    processors, memory = compiler.limits(device)
-    even = alignment % (2 * dtype.itemsize) == 0 and all(run.start % 2 == run.stop % 2 == 0 for run in taps.runs)
-    widest = max(run.stop - run.start for run in taps.runs)
+    phases, oh, ow = _phases(kind, out_shape, stride)
+    processors, _ = compiler.limits(device)
     result = []
-    for first in range(0, len(distinct), _ANGLES_PER_KERNEL):
-        angles = tuple(distinct[first : first + _ANGLES_PER_KERNEL])
-        if last and dtype.itemsize == 2:
-            launch = _mma_launch(kind, in_shape, out_shape, dtype, alignment, device, taps, stride, angles)
-            if launch is not None:
-                result.append(launch)
-                continue
-        spec, shared = _spec(
-            kind, last, dtype, taps.kernel_size, stride, angles, even, widest, max(oh, ow), max(hi, wi),
-            memory,
-        )  # fmt: skip
+    for angles in _angles(taps):
+        spec, shared = _choose(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride, angles)
+        if isinstance(spec, mma.Spec):
+            result.append(_mma_launch(spec, in_shape, out_shape, device, taps))
+            continue
         programs = source.programs(spec)
         if spec.block.region:
             most, threads, _ = source.planar_layout(spec)

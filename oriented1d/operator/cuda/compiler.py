@@ -8,6 +8,7 @@ import functools
 import os
 import threading
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -149,14 +150,27 @@ def machine_code(spec: Source, architecture: str) -> ObjectCode:
 
 
 _lock = threading.Lock()
+_codes: dict[tuple[Source, str], Future[ObjectCode]] = {}
 _compiled: dict[tuple[Source, int | None], Compiled] = {}
+# NVRTC compiles in as many threads as there are.
+_pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="oriented1d")
+
+
+def begin(spec: Source, device: torch.device) -> Future[ObjectCode]:
+    """Start to compile in another thread, which does nothing on the device (a graph may be being recorded there)."""
+    major, minor = torch.cuda.get_device_capability(device)
+    key = spec, f"sm_{major}{minor}"
+    with _lock:
+        if key not in _codes:
+            _codes[key] = _pool.submit(machine_code, *key)
+        return _codes[key]
 
 
 def compile(spec: Source, device: torch.device) -> Compiled:
     key = (spec, device.index)
-    with _lock:
-        if key not in _compiled:
-            major, minor = torch.cuda.get_device_capability(device)
-            code = machine_code(spec, f"sm_{major}{minor}")
-            _compiled[key] = Compiled({name: code.get_kernel(name) for name in spec.functions})
-        return _compiled[key]
+    if key not in _compiled:
+        code = begin(spec, device).result()
+        with _lock:
+            if key not in _compiled:
+                _compiled[key] = Compiled({name: code.get_kernel(name) for name in spec.functions})
+    return _compiled[key]
