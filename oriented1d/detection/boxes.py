@@ -7,6 +7,7 @@ numbers can be reproduced.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -25,11 +26,16 @@ def base_anchors(stride: int, scale: float = 8.0, ratios: Sequence[float] = (0.5
     return torch.cat([-half, half], dim=1)
 
 
+@functools.cache
+def _base_anchors_on(device: torch.device, stride: int) -> Tensor:
+    return base_anchors(stride).to(device)
+
+
 def grid_anchors(size: Sequence[int], stride: int, device: torch.device) -> Tensor:
     """``(H * W * A, 4)`` anchors of a feature map of ``size``: by row, then by column, then by ratio; not rounded."""
     ys, xs = (torch.arange(side, device=device) * stride for side in size)
     shifts = torch.stack([xs.repeat(len(ys)), ys.repeat_interleave(len(xs))], dim=1).repeat(1, 2)
-    return (shifts[:, None] + base_anchors(stride).to(device)).flatten(0, 1)
+    return (shifts[:, None] + _base_anchors_on(device, stride)).flatten(0, 1)
 
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:
@@ -54,23 +60,25 @@ def giou(first: Tensor, second: Tensor) -> Tensor:
 def clip(boxes: Tensor, size: Size) -> Tensor:
     """Boxes moved into an image of ``size``."""
     height, width = size
-    return torch.stack([boxes[..., i].clamp(min=0, max=width if i % 2 == 0 else height) for i in range(4)], dim=-1)
+    xs, ys = boxes[..., 0::2].clamp(min=0, max=width), boxes[..., 1::2].clamp(min=0, max=height)
+    return torch.stack([xs, ys], dim=-1).flatten(-2)
 
 
-def encode(boxes: Tensor, targets: Tensor, stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
-    """Steps ``(N, 4)`` that lead from ``boxes`` to ``targets``: of the centre in sides, of the sides as logarithms."""
+def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """Steps ``(N, 4)`` that lead from ``boxes`` to ``targets``: of the centre in sides, of the sides as logarithms.
+
+    ``stds`` are the units of the former and the latter.
+    """
     centres, sides = ([(b[..., 2:] + b[..., :2]) / 2, b[..., 2:] - b[..., :2]] for b in (boxes, targets))
     (centre, side), (target_centre, target_side) = centres, sides
-    steps = torch.cat([(target_centre - centre) / side, (target_side / side).log()], dim=-1)
-    return steps / steps.new_tensor(stds)
+    return torch.cat([(target_centre - centre) / side / stds[0], (target_side / side).log() / stds[1]], dim=-1)
 
 
-def decode(boxes: Tensor, steps: Tensor, stds: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
+def decode(boxes: Tensor, steps: Tensor, stds: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Where ``steps`` ``(..., 4)`` lead from ``boxes``; sides change at most by a factor of 1000 / 16. Not clipped."""
-    steps = steps * steps.new_tensor(stds)
     centre, side = (boxes[..., 2:] + boxes[..., :2]) / 2, boxes[..., 2:] - boxes[..., :2]
-    centre = centre + side * steps[..., :2]
-    half = side * steps[..., 2:].clamp(-_LARGEST_STEP, _LARGEST_STEP).exp() / 2
+    centre = centre + side * (steps[..., :2] * stds[0])
+    half = side * (steps[..., 2:] * stds[1]).clamp(-_LARGEST_STEP, _LARGEST_STEP).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -89,33 +97,51 @@ class Matcher:
     negative: float
     lowest: float | None = None
 
-    def __call__(self, boxes: Tensor, truths: Tensor) -> Tensor:
-        """``(N,)`` int64: index of the ground truth, -1 for background, -2 for neither."""
+    def __call__(self, boxes: Tensor, truths: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Match without waiting for the device.
+
+        Args:
+            boxes: ``(N, 4)``.
+            truths: ``(G, 4)``.
+            allowed: ``(N,)`` bool; the others are neither.
+
+        Returns:
+            ``(N,)`` int64: index of the ground truth, -1 for background, -2 for neither.
+        """
         if not len(truths) or not len(boxes):
-            return torch.full((len(boxes),), -1, device=boxes.device)
-        table = overlaps(truths, boxes)
-        most, which = table.max(dim=0)
-        matches = torch.full_like(which, -2)
-        matches[most < self.negative] = -1
-        matches = torch.where(most >= self.positive, which, matches)
-        if self.lowest is not None:
-            best = table.max(dim=1).values
-            for index in (best >= self.lowest).nonzero().flatten().tolist():
-                matches[table[index] == best[index]] = index
-        return matches
+            matches = torch.full((len(boxes),), -1, device=boxes.device)
+        else:
+            table = overlaps(truths, boxes)
+            if allowed is not None:
+                table = table.where(allowed, -1.0)
+            most, which = table.max(dim=0)
+            matches = torch.where(most < self.negative, -1, -2)
+            matches = torch.where(most >= self.positive, which, matches)
+            if self.lowest is not None:
+                best = table.max(dim=1, keepdim=True).values
+                indices = torch.arange(len(truths), device=boxes.device)[:, None]
+                own = torch.where((table == best) & (best >= self.lowest), indices, -1).max(dim=0).values
+                matches = torch.where(own >= 0, own, matches)
+        return matches if allowed is None else matches.where(allowed, -2)
 
 
-def sample(matches: Tensor, number: int, positive_part: float) -> tuple[Tensor, Tensor]:
-    """Indices of positives and negatives among ``matches``, at most ``number``, at random.
+def sample(matches: Sequence[Tensor], number: int, positive_part: float) -> list[tuple[Tensor, Tensor]]:
+    """Indices of positives and negatives of each image among its ``matches``, at most ``number``, at random.
 
-    At most ``positive_part`` of them are positives; negatives fill up.
+    At most ``positive_part`` of them are positives; negatives fill up. Both are sorted. The device is waited for once.
     """
-
-    def some(indices: Tensor, count: int) -> Tensor:
-        if len(indices) <= count:
-            return indices
-        return indices[torch.randperm(len(indices), device=indices.device)[:count]]
-
-    positives = some((matches >= 0).nonzero().flatten(), int(number * positive_part))
-    negatives = some((matches == -1).nonzero().flatten(), number - len(positives))
-    return positives, negatives
+    most = int(number * positive_part)
+    chosen, counts = [], []
+    for match in matches:
+        # The largest of random numbers; what does not take part has a negative one.
+        chance = torch.rand(len(match), device=match.device)
+        for part, limit in ((match >= 0, most), (match == -1, number)):
+            chosen.append(torch.where(part, chance, -1.0).topk(min(limit, len(match))).indices)
+            counts.append(part.sum())
+    numbers = torch.stack(counts).tolist() if counts else []
+    result = []
+    for i in range(0, len(chosen), 2):
+        positives = min(numbers[i], most)
+        negatives = min(numbers[i + 1], number - positives)
+        result.append((chosen[i][:positives].sort().values, chosen[i + 1][:negatives].sort().values))
+    return result

@@ -10,13 +10,14 @@ config.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms, nms, roi_align
 
 from oriented1d.detection.boxes import Matcher, Size, clip, decode, encode, giou, grid_anchors, sample
 from oriented1d.models.features import create_backbone
@@ -24,7 +25,7 @@ from oriented1d.models.features import create_backbone
 STRIDES = (4, 8, 16, 32)
 STAGE_WEIGHTS = (1.0, 0.5, 0.25)
 STAGE_OVERLAPS = (0.5, 0.6, 0.7)
-STAGE_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+STAGE_STDS = ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))  # of the centre, of the sides
 MASK_SIZE = 28
 
 
@@ -150,18 +151,22 @@ class RPNHead(nn.Module):
         counts as if it had one, and so for negatives."""
         logits, steps, anchors = outputs
         all_logits, all_steps, all_anchors = torch.cat(logits, 1), torch.cat(steps, 1), torch.cat(anchors)
-        objectness, regression, divisor = all_logits.new_zeros(()), all_logits.new_zeros(()), 0
-        for i, (truth, (height, width)) in enumerate(zip(truths, sizes, strict=True)):
+        matches = []
+        for truth, (height, width) in zip(truths, sizes, strict=True):
             # Anchors that cross the border of the image (not of the batch) are left out.
             inside = (all_anchors[:, :2] >= 0).all(1) & (all_anchors[:, 2] < width) & (all_anchors[:, 3] < height)
-            candidates = inside.nonzero().flatten()
-            matches = self.matcher(all_anchors[candidates], truth.boxes)
-            positives, negatives = sample(matches, number, 0.5)
-            divisor += max(len(positives), 1) + max(len(negatives), 1)
-            at, away = candidates[positives], candidates[negatives]
-            target = encode(all_anchors[at], truth.boxes[matches[positives]])
-            objectness = objectness + F.softplus(-all_logits[i, at]).sum() + F.softplus(all_logits[i, away]).sum()
-            regression = regression + F.smooth_l1_loss(all_steps[i, at], target, beta=1 / 9, reduction="sum")
+            matches.append(self.matcher(all_anchors, truth.boxes, inside))
+        samples = sample(matches, number, 0.5)
+        divisor = sum(max(len(positives), 1) + max(len(negatives), 1) for positives, negatives in samples)
+        first = range(0, all_logits.numel(), len(all_anchors))
+        at, away = (torch.cat([sample[kind] + i for sample, i in zip(samples, first, strict=True)]) for kind in (0, 1))
+        found = [
+            truth.boxes[match[positives]] for truth, match, (positives, _) in zip(truths, matches, samples, strict=True)
+        ]
+        target = encode(torch.cat([all_anchors[positives] for positives, _ in samples]), torch.cat(found))
+        all_logits, all_steps = all_logits.flatten(), all_steps.flatten(0, 1)
+        objectness = F.softplus(-all_logits[at]).sum() + F.softplus(all_logits[away]).sum()
+        regression = F.smooth_l1_loss(all_steps[at], target, beta=1 / 9, reduction="sum")
         return objectness / divisor, regression / divisor
 
     @torch.no_grad()
@@ -170,19 +175,24 @@ class RPNHead(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Boxes ``(P, 4)`` and scores ``(P,)`` of each image, the surest first."""
         before, after = numbers
+        boxes, scores = [], []
+        for logit, step, anchor in zip(*outputs, strict=True):
+            score, order = logit.sigmoid().sort(dim=1, descending=True)
+            score, order = score[:, :before], order[:, :before]
+            step = step.gather(1, order[..., None].expand(-1, -1, 4))
+            boxes.append(decode(anchor[order], step))
+            scores.append(score)
+        parts = [score.shape[1] for score in scores]
+        first = [0, *itertools.accumulate(parts)]
         result = []
-        for i, size in enumerate(sizes):
-            boxes, scores, levels = [], [], []
-            for level, (logit, step, anchor) in enumerate(zip(*outputs, strict=True)):
-                score, order = logit[i].sigmoid().sort(descending=True)
-                order = order[:before]
-                boxes.append(clip(decode(anchor[order], step[i, order]), size))
-                scores.append(score[:before])
-                levels.append(torch.full_like(order, level))
-            box, score, level_of = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
-            solid = ((box[:, 2:] - box[:, :2]) > 0).all(1)
-            box, score, level_of = box[solid], score[solid], level_of[solid]
-            keep = batched_nms(box, score, level_of, 0.7)[:after]
+        for image, score, size in zip(torch.cat(boxes, 1), torch.cat(scores, 1), sizes, strict=True):
+            box = clip(image, size)
+            # Boxes suppress those of their own level.
+            levels = zip(box.split(parts), score.split(parts), first, strict=False)
+            keep = torch.cat([nms(of_level, sure, 0.7) + start for of_level, sure, start in levels])
+            # Boxes without area go: nothing suppresses them, and they suppress nothing.
+            keep = keep[((box[:, 2:] - box[:, :2]) > 0).all(1)[keep]]
+            keep = keep[score[keep].argsort(descending=True)[:after]]
             result.append((box[keep], score[keep]))
         return result
 
@@ -231,18 +241,23 @@ class MaskHead(nn.Module):
         return self.conv_logits(F.relu(self.upsample(x))).float()
 
 
+def plain(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps as :func:`pool` takes them, in contiguous float32: in 16 bits a box would be off by pixels."""
+    return [x.float().contiguous() for x in maps[: len(STRIDES)]]
+
+
 def pool(maps: Sequence[Tensor], boxes: list[Tensor], size: int) -> Tensor:
     """Features ``(R, C, size, size)`` of the boxes ``(R_i, 4)`` of each image, from the map that suits a box's area."""
-    rois = torch.cat([torch.cat([box.new_full((len(box), 1), i), box], dim=1) for i, box in enumerate(boxes)])
+    rois = torch.cat([F.pad(box, (1, 0), value=i) for i, box in enumerate(boxes)])
     scale = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
     level = (scale / 56 + 1e-6).log2().floor().clamp(min=0, max=len(STRIDES) - 1).long()
-    result = rois.new_zeros(len(rois), maps[0].shape[1], size, size)
-    for i, (x, stride) in enumerate(zip(maps, STRIDES, strict=False)):
-        mine = (level == i).nonzero().flatten()
-        # roi_align reads contiguous memory; in 16 bits a box would be off by pixels.
-        pooled = roi_align(x.float().contiguous(), rois[mine], size, 1 / stride, sampling_ratio=0, aligned=True)
-        result = result.index_copy(0, mine, pooled)
-    return result
+    level, order = level.sort(stable=True)
+    numbers = torch.stack([(level == i).sum() for i in range(len(STRIDES))]).tolist()
+    pooled = [
+        roi_align(x, part, size, 1 / stride, sampling_ratio=0, aligned=True)
+        for x, stride, part in zip(maps, STRIDES, rois[order].split(numbers), strict=True)
+    ]
+    return torch.cat(pooled)[order.argsort()]
 
 
 class RoIHead(nn.Module):
@@ -254,29 +269,34 @@ class RoIHead(nn.Module):
         self.bbox_head = nn.ModuleList(BoxHead(num_classes, channels, hidden) for _ in STAGE_WEIGHTS)
         self.mask_head = nn.ModuleList(MaskHead(num_classes, channels) for _ in STAGE_WEIGHTS)
 
-    def _refine(self, stage: int, boxes: Tensor, labels: Tensor, steps: Tensor, size: Size) -> Tensor:
+    def _refine(
+        self, stage: int, boxes: list[Tensor], labels: Tensor, steps: Tensor, sizes: list[Size]
+    ) -> list[Tensor]:
+        """The boxes of each image, moved by the steps of their classes."""
         of_label = steps[torch.arange(len(steps), device=steps.device), labels]
-        return clip(decode(boxes, of_label, STAGE_STDS[stage]), size)
+        refined = decode(torch.cat(boxes), of_label, STAGE_STDS[stage]).split([len(box) for box in boxes])
+        return [clip(box, size) for box, size in zip(refined, sizes, strict=True)]
 
     def losses(
         self, maps: Sequence[Tensor], proposals: list[Tensor], sizes: list[Size], truths: list[Truth], number: int
     ) -> dict[str, Tensor]:
         """Weighted losses of all stages: ``s0.loss_cls``, ``s0.loss_bbox``, ``s0.loss_mask`` and so on."""
         losses: dict[str, Tensor] = {}
+        maps = plain(maps)
         for stage, weight in enumerate(STAGE_WEIGHTS):
             matcher = Matcher(STAGE_OVERLAPS[stage], STAGE_OVERLAPS[stage])
-            boxes, labels, of_truth, positives = [], [], [], []
+            matches = []
             for truth, proposal in zip(truths, proposals, strict=True):
                 # Ground truth joins the proposals, as a match of itself.
                 own = torch.arange(len(truth.boxes), device=proposal.device)
-                matches = torch.cat([own, matcher(proposal, truth.boxes)])
-                at, away = sample(matches, number, 0.25)
-                candidates = torch.cat([truth.boxes, proposal])
-                boxes.append(candidates[torch.cat([at, away])])
-                classes = truth.labels[matches[at]]
+                matches.append(torch.cat([own, matcher(proposal, truth.boxes)]))
+            samples = sample(matches, number, 0.25)
+            boxes, labels, of_truth = [], [], []
+            for truth, proposal, match, (at, away) in zip(truths, proposals, matches, samples, strict=True):
+                boxes.append(torch.cat([truth.boxes, proposal])[torch.cat([at, away])])
+                of_truth.append(match[at])
+                classes = truth.labels[of_truth[-1]]
                 labels.append(torch.cat([classes, classes.new_full((len(away),), self.num_classes)]))
-                of_truth.append(matches[at])
-                positives.append(at)
             logits, steps = self.bbox_head[stage](pool(maps, boxes, 7))
             label, box = torch.cat(labels), torch.cat(boxes)
             losses[f"s{stage}.loss_cls"] = weight * F.cross_entropy(logits, label, reduction="sum") / max(len(label), 1)
@@ -285,24 +305,14 @@ class RoIHead(nn.Module):
             decoded = decode(box[found], steps[found, label[found]], STAGE_STDS[stage])
             losses[f"s{stage}.loss_bbox"] = weight * 10 * (1 - giou(decoded, target)).sum() / max(len(label), 1)
             losses[f"s{stage}.loss_mask"] = weight * self._mask_loss(stage, maps, boxes, truths, of_truth)
-            with torch.no_grad():
-                if stage + 1 < len(STAGE_WEIGHTS):
+            if stage + 1 < len(STAGE_WEIGHTS):
+                with torch.no_grad():
                     likely = torch.where(label == self.num_classes, logits[:, :-1].argmax(1), label)
-                    parts = [len(b) for b in boxes]
-                    proposals = [
-                        # Ground truth that joined leaves again: it comes first among the positives.
-                        self._refine(stage, b, c, s, size)[self._kept(at, len(truth.boxes), len(b))]
-                        for b, c, s, size, at, truth in zip(
-                            boxes, likely.split(parts), steps.split(parts), sizes, positives, truths, strict=True
-                        )
-                    ]
+                    refined = self._refine(stage, boxes, likely, steps, sizes)
+                    # Ground truth that joined leaves again: it comes first.
+                    joined = [(at < len(truth.boxes)).sum() for truth, (at, _) in zip(truths, samples, strict=True)]
+                    proposals = [box[k:] for box, k in zip(refined, torch.stack(joined).tolist(), strict=True)]
         return losses
-
-    @staticmethod
-    def _kept(positives: Tensor, truths: int, boxes: int) -> Tensor:
-        kept = torch.ones(boxes, dtype=torch.bool, device=positives.device)
-        kept[: len(positives)] = positives >= truths
-        return kept
 
     def _mask_loss(
         self, stage: int, maps: Sequence[Tensor], boxes: list[Tensor], truths: list[Truth], of_truth: list[Tensor]
@@ -312,12 +322,10 @@ class RoIHead(nn.Module):
         if not len(logits):
             return logits.sum()
         labels = torch.cat([truth.labels[match] for truth, match in zip(truths, of_truth, strict=True)])
-        targets = torch.cat(
-            [
-                mask_targets(truth.masks, match, box)
-                for truth, match, box in zip(truths, of_truth, positive, strict=True)
-            ]
-        )
+        # The masks of all images behind each other, and where those of each begin.
+        first = itertools.accumulate((len(truth.masks) for truth in truths[:-1]), initial=0)
+        of_all = torch.cat([match + i for match, i in zip(of_truth, first, strict=True)])
+        targets = mask_targets(torch.cat([truth.masks for truth in truths]), of_all, torch.cat(positive))
         chosen = logits[torch.arange(len(logits), device=logits.device), labels]
         return F.binary_cross_entropy_with_logits(chosen, targets)
 
@@ -335,6 +343,7 @@ class RoIHead(nn.Module):
                 suppress each other.
             settings: numbers and thresholds.
         """
+        maps = plain(maps)
         parts = [len(boxes) for boxes in proposals]
         boxes, logits = list(proposals), []
         for stage in range(len(STAGE_WEIGHTS)):
@@ -342,12 +351,7 @@ class RoIHead(nn.Module):
             logits.append(stage_logits)
             if stage + 1 < len(STAGE_WEIGHTS):
                 likely = stage_logits[:, :-1].argmax(1)
-                boxes = [
-                    self._refine(stage, box, label, step, size)
-                    for box, label, step, size in zip(
-                        boxes, likely.split(parts), steps.split(parts), sizes, strict=True
-                    )
-                ]
+                boxes = self._refine(stage, boxes, likely, steps, sizes)
         # The stages' logits are averaged, not their probabilities.
         scores = (sum(logits) / len(logits)).softmax(-1).split(parts)
         found = [

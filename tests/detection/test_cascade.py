@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from oriented1d.detection.boxes import Matcher, clip, decode, encode, giou, grid_anchors, overlaps, sample
-from oriented1d.detection.cascade import CascadeMaskRCNN, Settings, Truth, head_losses, paste, pool
+from oriented1d.detection.cascade import CascadeMaskRCNN, Settings, Truth, head_losses, paste, plain, pool
 from oriented1d.models import load_dense_checkpoint
 
 EVERYTHING = Settings(10**6, 4 * 10**6, (300, 200), (200, 100))  # samplers keep all, as in the goldens
@@ -15,10 +15,14 @@ def sizes_of(golden: dict) -> list[tuple[int, int]]:
 
 def test_box_coder(golden: dict) -> None:
     for case in golden["unit_cases"]["box_coder"]:
-        decoded = decode(case["boxes"], case["deltas"], case["stds"])
+        x, y, *sides = case["stds"]
+        assert x == y
+        assert sides[0] == sides[1]
+        stds = x, sides[0]
+        decoded = decode(case["boxes"], case["deltas"], stds)
         torch.testing.assert_close(decoded, case["decoded"], rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(clip(decoded, (70, 90)), case["decoded_clipped_to_hw_70_90"], rtol=1e-6, atol=1e-5)
-        torch.testing.assert_close(encode(case["boxes"], case["targets"], case["stds"]), case["encoded"])
+        torch.testing.assert_close(encode(case["boxes"], case["targets"], stds), case["encoded"])
 
 
 def test_matcher(golden: dict) -> None:
@@ -51,8 +55,10 @@ def test_pooling(golden: dict, memory_format: torch.memory_format) -> None:
     boxes = [case["rois"][image == i][:, 1:] for i in range(2)]
     order = torch.cat([(image == i).nonzero().flatten() for i in range(2)])
     maps = [x.contiguous(memory_format=memory_format) for x in golden["fpn"]]
-    torch.testing.assert_close(pool(maps, boxes, 7), case["out7"][order], rtol=0, atol=1e-6)
-    torch.testing.assert_close(pool(maps, boxes, 14)[:, :8], case["out14_channels_0_to_7"][order], rtol=0, atol=1e-6)
+    torch.testing.assert_close(pool(plain(maps), boxes, 7), case["out7"][order], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        pool(plain(maps), boxes, 14)[:, :8], case["out14_channels_0_to_7"][order], rtol=0, atol=1e-6
+    )
 
 
 def test_losses_and_gradients(golden: dict, heads: torch.nn.ModuleDict) -> None:
@@ -103,13 +109,32 @@ def test_boxes_by_hand() -> None:
 
 def test_sampling() -> None:
     matches = torch.tensor([0] * 50 + [-1] * 500 + [-2] * 50)
-    positives, negatives = sample(matches, 100, 0.25)
+    ((positives, negatives),) = sample([matches], 100, 0.25)
     assert (len(positives), len(negatives)) == (25, 75)
     assert (matches[positives] == 0).all()
     assert (matches[negatives] == -1).all()
     assert len(set(positives.tolist())) == 25
-    positives, negatives = sample(matches, 1000, 0.25)
+    ((positives, negatives),) = sample([matches], 1000, 0.25)
     assert (len(positives), len(negatives)) == (50, 500)
+    assert torch.equal(torch.cat([positives, negatives]), torch.arange(550))
+    several = sample([matches, matches[:0], -torch.ones(9, dtype=torch.int64), matches], 100, 0.25)
+    assert [(len(positives), len(negatives)) for positives, negatives in several] == [
+        (25, 75),
+        (0, 0),
+        (0, 9),
+        (25, 75),
+    ]
+    assert not torch.equal(several[0][0], several[3][0])
+
+
+def test_boxes_that_are_not_allowed_match_nothing_and_hide_nothing() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [50, 50, 60, 60], [0, 0, 9, 4]])
+    truths = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9.5]])
+    matcher = Matcher(0.9, 0.3, 0.3)
+    assert matcher(boxes, truths).tolist() == [1, -2, -1, -2]
+    # The second box is now the one that overlaps either truth most; the last of them counts.
+    assert matcher(boxes, truths, torch.tensor([False, True, True, True])).tolist() == [-2, 1, -1, -2]
+    assert matcher(boxes, truths[:0], torch.tensor([False, True, True, True])).tolist() == [-2, -1, -1, -1]
 
 
 def model_and_batch() -> tuple[CascadeMaskRCNN, torch.Tensor, list, list[Truth]]:
