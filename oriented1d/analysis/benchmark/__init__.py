@@ -1,5 +1,5 @@
-"""Speed, measured side by side: ``oriented1d benchmark operator``, ``table5``, ``network``, ``segmentation``,
-``detection`` and ``input``."""
+"""Speed, measured side by side: ``oriented1d benchmark operator``, ``table5``, ``network``, ``kernels``,
+``segmentation``, ``detection`` and ``input``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from oriented1d.analysis.benchmark import dense, input, network, operator
+from oriented1d.analysis.benchmark import dense, input, kernels, network, operator
 from oriented1d.analysis.benchmark.results import environment, print_table, write_csv
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
@@ -62,14 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     table5.add_argument("--batch", type=_positive, default=64)
     table5.add_argument("--channels", type=_positive, default=512)
     net = commands.add_parser("network", help="images per second and memory of whole networks")
-    net.add_argument("models", nargs="+", metavar="MODEL", help="names of networks of ours or of timm")
-    net.add_argument("--batch-size", type=_positive, default=128, help="(default: %(default)s)")
-    net.add_argument("--size", type=_positive, default=224, help="pixels of a side (default: %(default)s)")
-    net.add_argument("--dtype", choices=network.DTYPES, default="bfloat16", help="of autocast; float32 for none")
-    net.add_argument("--layout", choices=operator.LAYOUTS, default="channels_last")
-    net.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
-    net.add_argument("--mode", nargs="+", choices=network.MODES, default=list(network.MODES))
-    net.add_argument("--warmup", type=_positive, default=10, help="steps before the timed ones (default: %(default)s)")
+    parts = commands.add_parser("kernels", help="where the time of a network goes on a GPU, beside the least it can be")
+    for command in (net, parts):
+        command.add_argument("models", nargs="+", metavar="MODEL", help="names of networks of ours or of timm")
+        command.add_argument("--batch-size", type=_positive, default=128, help="(default: %(default)s)")
+        command.add_argument("--size", type=_positive, default=224, help="pixels of a side (default: %(default)s)")
+        command.add_argument(
+            "--dtype", choices=network.DTYPES, default="bfloat16", help="of autocast; float32 for none"
+        )
+        command.add_argument("--layout", choices=operator.LAYOUTS, default="channels_last")
+        command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
+        command.add_argument("--mode", nargs="+", choices=network.MODES, default=list(network.MODES))
+        command.add_argument("--warmup", type=_positive, default=10, help="steps before the timed ones (%(default)s)")
     tasks = []
     for task, batch, size in (("segmentation", 16, (512, 512)), ("detection", 8, (800, 1344))):
         command = commands.add_parser(task, help=f"training speed of {task} with each backbone")
@@ -82,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--changing-sizes", type=int, default=0, help="steps with changing sizes, timed twice")
         tasks.append(command)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    for command, runs in ((layer, 15), (table5, 15), (net, 30), *((task, 30) for task in tasks)):
+    for command, runs in ((layer, 15), (table5, 15), *((command, 30) for command in (net, parts, *tasks))):
         command.add_argument("--device", type=_device, default=default_device, help="default: cuda, if there is one")
         command.add_argument("--runs", type=_positive, default=runs, help="timed runs of each (default: %(default)s)")
     for command in (layer, table5, net):
@@ -94,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--workers", type=_positive, nargs="+", default=[1, 2], help="(default: 1 2)")
     data.add_argument("--gpu-rate", type=_positive, default=4000, help="images/s of training (default: %(default)s)")
     data.set_defaults(device=torch.device("cpu"))
-    for command in (layer, table5, net, *tasks, data):
+    for command in (layer, table5, net, parts, *tasks, data):
         command.add_argument("--output", metavar="CSV", help="CSV file to write")
     parser.set_defaults(plot=None)
     return parser
@@ -118,12 +122,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``oriented1d benchmark``. 1 if a network could not be measured, else 0."""
     options = _parser().parse_args(argv)
     _check_outputs(options)
-    runs = {"operator": operator.run, "table5": operator.run_table5, "network": network.run, "input": input.run}
+    runs = {
+        "operator": operator.run,
+        "table5": operator.run_table5,
+        "network": network.run,
+        "kernels": kernels.run,
+        "input": input.run,
+    }
     rows = runs.get(options.command, dense.run)(options)
     device = str(environment(options.device)["device"])
     title = f"{options.command} on {device}, "
     if options.command == "network":
         title += f"{options.runs} runs after {options.warmup} to warm up; training without the optimizer's step"
+    elif options.command == "kernels":
+        title += "a step of the network"
     elif options.command in ("segmentation", "detection"):
         title += f"{options.runs} steps of training after {options.warmup} to warm up"
     elif options.command == "input":

@@ -81,6 +81,11 @@ class Measurement:
 
 def measure(case: Case) -> Measurement:
     """Measure one line in this process."""
+    return prepare(case)[1]
+
+
+def prepare(case: Case) -> tuple[Callable[[], object], Measurement]:
+    """A step of a line, ready to be called again in this process, and what measuring it gave."""
     device = torch.device(case.device)
     before = _resident_mib("VmRSS")
     layout = memory_format(case.layout == "channels_last")
@@ -93,9 +98,9 @@ def measure(case: Case) -> Measurement:
         torch.cuda.reset_peak_memory_stats(device)
     ms = times(step, device, case.runs)
     if device.type == "cuda":
-        return Measurement(ms, torch.cuda.max_memory_allocated(device) / 2**20)
+        return step, Measurement(ms, torch.cuda.max_memory_allocated(device) / 2**20)
     peak = _resident_mib("VmHWM")
-    return Measurement(ms, None if before is None or peak is None else peak - before)
+    return step, Measurement(ms, None if before is None or peak is None else peak - before)
 
 
 def _inference(model: nn.Module, images: torch.Tensor, case: Case) -> Callable[[], object]:
