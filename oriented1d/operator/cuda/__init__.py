@@ -245,6 +245,7 @@ def _mma_launch(
     in_shape: torch.Size,
     out_shape: torch.Size,
     dtype: torch.dtype,
+    last: bool,
     alignment: int,
     device: torch.device,
     taps: LayerTaps,
@@ -256,32 +257,36 @@ def _mma_launch(
     ho, wo = out_shape[2:]
     phases, so = (stride**2, stride) if kind == "adjoint" else (1, 1)
     oh, ow = -(-ho // so), -(-wo // so)
-    table, _ = _table(taps, angles, phases, mma.CHANNELS, 4)
-    vector = _granule(taps, table, dtype.itemsize, alignment) // 2
+    vector = 1
+    if last:
+        table, _ = _table(taps, angles, phases, mma.WARPS, 4)
+        vector = _granule(taps, table, dtype.itemsize, alignment) // 2
     processors, memory = compiler.limits(device)
     if compiler.capability(device) < (8, 0):
         return None
-    spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), (oh, ow), memory)
+    spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), (oh, ow), memory, last)
     if spec is None:
         return None
-    table, _ = _table(taps, angles, phases, mma.CHANNELS, vector)
+    table, _ = _table(taps, angles, phases, spec.channels, vector)
     if n * (max(hi, wi, oh, ow) + taps.kernel_size) >= 2**29:
         return None
     groups = [row for row in table if row[2]]
+    if not last:
+        spec = dataclasses.replace(spec, full=all(count == spec.channels for _, _, count in groups))
     shares = mma.share(spec, groups, n, (hi, wi), (oh, ow), 2 * c * max(hi * wi, ho * wo), processors)
     splits = max(row[4] for row in shares.rows)
     table_there = compiler.DeviceArray(np.array(shares.rows, dtype=np.int32), device)
     launch = _Launch(
         compiler.compile(spec, device),
         (shares.strips, len(shares.rows), 1),
-        32 * max(count for _, _, count in groups),
+        32 * (max(count for _, _, count in groups) if last else mma.WARPS),
         spec.shared_bytes,
         (table_there, n, c, hi, wi, ho, wo, int(shares.by_image)),
         table_there,
         len(shares.rows),
         c,
-        (splits * shares.strips, c, max(len(program.fold) for program, _ in mma.programs(spec)) + 1),
-        shares.strips,
+        (splits * shares.strips * spec.team, c, max(len(program.fold) for program, _ in mma.programs(spec)) + 1),
+        shares.strips * spec.team,
     )
     launch.code.reserve("run", spec.shared_bytes, device)
     return launch
@@ -363,8 +368,8 @@ def _launches(
     result = []
     for first in range(0, len(distinct), _ANGLES_PER_KERNEL):
         angles = tuple(distinct[first : first + _ANGLES_PER_KERNEL])
-        if last and dtype.itemsize == 2:
-            launch = _mma_launch(kind, in_shape, out_shape, dtype, alignment, device, taps, stride, angles)
+        if dtype.itemsize == 2:
+            launch = _mma_launch(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride, angles)
             if launch is not None:
                 result.append(launch)
                 continue
