@@ -36,6 +36,7 @@ def test_kernels_compile_without_a_gpu(
     stride = 2 if kind == "adjoint" else 1
     spec, shared = cuda._spec(kind, last, dtype, 7, stride, angles, True, 16, 56, 112, memory)
     assert shared <= memory
+    assert all(f" {name}(" in spec.text for name in spec.functions.values())
     first = compiler.machine_code(spec, architecture)
     assert bytes(first.code)[:4] == b"\x7fELF"
     again = compiler.machine_code(spec, architecture)  # now from the cache

@@ -9,6 +9,7 @@ import torch
 
 from oriented1d import geometry, oriented_conv1d, use_backend
 from oriented1d.operator.cuda import mma
+from oriented1d.operator.layout import memory_format
 from tests.operator.reference import relative_error
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
@@ -89,6 +90,35 @@ def test_blocks_share_all_the_work(kind: str, images: int, channels: int, size: 
     assert shares.by_image == by_image
 
 
+@pytest.mark.parametrize("size", [7, 28, 56, 100])
+@pytest.mark.parametrize("kind", ["gather", "weight"])
+def test_blocks_share_all_the_work_of_planes(kind: str, size: int) -> None:
+    """Contiguous images have no sectors that channels share: any channels of an angle, lines split between blocks."""
+    spec = mma.choose(kind, "bf16", 1, 31, 1, ANGLES, (size, size), (size, size), 232448, last=False)
+    assert spec is not None
+    groups = [(n, 5 * n, 5) for n in range(8)]
+    shares = mma.share(spec, groups, 64, (size, size), (size, size), 2 * 40 * size**2, 132)
+    assert not shares.by_image
+    assert shares.strips * 16 * spec.tiles >= size
+    for group in groups:
+        splits = [row[3:] for row in shares.rows if row[:3] == group]
+        assert sorted(splits) == [(split, len(splits)) for split in range(len(splits))]
+
+
+@pytest.mark.parametrize("kind", ["gather", "weight"])
+@pytest.mark.parametrize("size", [14, 28, 56, 100])
+@pytest.mark.parametrize("kernel_size", [7, 31])
+@pytest.mark.parametrize("memory", [101376, 166912, 232448])
+def test_warps_of_a_channel_share_its_groups_of_lines(kind: str, size: int, kernel_size: int, memory: int) -> None:
+    spec = mma.choose(kind, "bf16", 1, kernel_size, 1, ANGLES, (size, size), (size, size), memory, last=False)
+    if spec is None:
+        assert memory < 166912
+        return
+    assert spec.groups % spec.team == 0
+    assert spec.channels * spec.team == mma.WARPS
+    assert spec.shared_bytes <= memory
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("kind", "stride"), [("gather", 1), ("adjoint", 2), ("weight", 1)])
 def test_kernels_compile_without_a_gpu(
@@ -99,22 +129,29 @@ def test_kernels_compile_without_a_gpu(
 
     monkeypatch.setenv("ORIENTED1D_CACHE", str(tmp_path))
     memory = {"sm_80": 166912, "sm_90": 232448}[architecture]
-    for vector, dtype, size in ((8, "bf16", 56), (4, "half", 14)):
-        spec = mma.choose(kind, dtype, vector, 15, stride, ANGLES[:3], (size, size), (size, size), memory)
+    for vector, dtype, size in ((8, "bf16", 56), (4, "half", 14), (1, "half", 56), (1, "bf16", 14)):
+        shape, last = (size, size), vector > 1
+        spec = mma.choose(kind, dtype, vector, 15, stride, ANGLES[:3], shape, shape, memory, last)
         assert spec is not None
+        assert spec.last == last
         assert spec.shared_bytes <= memory
+        assert all(f" {name}(" in spec.text for name in spec.functions.values())
         assert bytes(compiler.machine_code(spec, architecture).code)[:4] == b"\x7fELF"
 
 
 def test_other_kernels_are_left_to_the_other_module() -> None:
-    def choose(kind="gather", vector=8, kernel_size=31, stride=1, size=56, memory=232448) -> mma.Spec | None:
-        return mma.choose(kind, "bf16", vector, kernel_size, stride, ANGLES, (size, size), (size, size), memory)
+    def choose(kind="gather", vector=8, kernel_size=31, stride=1, size=56, memory=232448, last=True) -> mma.Spec | None:
+        return mma.choose(kind, "bf16", vector, kernel_size, stride, ANGLES, (size, size), (size, size), memory, last)
 
     assert choose() is not None
     assert choose(kind="adjoint", stride=2) is not None
     assert choose(stride=2) is None
     assert choose(kind="weight", stride=2) is None
     assert choose(vector=4, size=65) is None
+    assert choose(vector=1) is None
+    assert choose(vector=1, last=False) is not None
+    assert choose(vector=1, size=65, last=False) is not None
+    assert choose(stride=2, last=False) is None
     assert choose(kind="weight", kernel_size=63) is None
     assert choose(memory=48 * 1024, kernel_size=63, size=100) is None
     small = choose(size=14, memory=120_000)
@@ -133,8 +170,14 @@ SIZES = [(1, 1), (7, 7), (14, 14), (16, 17), (28, 27), (32, 32), (33, 5), (56, 5
     [(torch.bfloat16, k, s) for k, s in ((31, 1), (31, 2), (7, 1), (63, 1), (15, 3), (1, 1))]
     + [(torch.float16, 31, 1), (torch.float16, 7, 2)],
 )
-def test_every_size(dtype: torch.dtype, kernel_size: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64, with outputs and workspaces full of NaN before, and the image inside a field of NaN."""
+@pytest.mark.parametrize("last", [True, False])
+def test_every_size(
+    dtype: torch.dtype, kernel_size: int, stride: int, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64, with outputs and workspaces full of NaN before, and the image inside a field of NaN.
+
+    Contiguous images have few and different numbers of channels an angle, and odd addresses.
+    """
 
     def poisoned(make):
         def call(*args, **kwargs):
@@ -145,11 +188,16 @@ def test_every_size(dtype: torch.dtype, kernel_size: int, stride: int, monkeypat
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    for (height, width), (images, channels) in zip(
-        SIZES, itertools.cycle([(3, 64), (1, 128), (5, 96), (2, 200)]), strict=False
-    ):
-        field = torch.full((images + 2, height, width, channels), math.nan, device="cuda", dtype=dtype)
-        x = field[1:-1].permute(0, 3, 1, 2)
+    batches = [(3, 64), (1, 128), (5, 96), (2, 200)] if last else [(3, 64), (1, 13), (5, 75), (2, 150)]
+    for (height, width), (images, channels) in zip(SIZES, itertools.cycle(batches), strict=False):
+        odd = 0 if last else 1
+        field = torch.full(((images + 2) * channels * height * width + odd,), math.nan, device="cuda", dtype=dtype)[
+            odd:
+        ]
+        if last:
+            x = field.view(images + 2, height, width, channels)[1:-1].permute(0, 3, 1, 2)
+        else:
+            x = field.view(images + 2, channels, height, width)[1:-1]
         x.copy_(torch.randn(x.shape))
         w, b = (torch.randn(s, device="cuda").to(dtype) for s in ((channels, kernel_size), (channels,)))
         results = []
@@ -162,16 +210,17 @@ def test_every_size(dtype: torch.dtype, kernel_size: int, stride: int, monkeypat
                     *leaves[:2], geometry.layer_angles(channels), leaves[2], stride=stride, residual=True
                 )
                 if backend == "cuda":
-                    g = torch.randn(y.shape, device="cuda").to(dtype).to(memory_format=torch.channels_last)
+                    g = torch.randn(y.shape, device="cuda").to(dtype).to(memory_format=memory_format(last))
                 results.append([y, *torch.autograd.grad(y, leaves, g.to(wide))])
         errors = [relative_error(a, e) for a, e in zip(*results, strict=True)]
         assert max(errors) < TOLERANCE[dtype], (height, width, errors)
 
 
 @pytest.mark.gpu
-def test_the_identity_of_a_residual_is_exact() -> None:
+@pytest.mark.parametrize("last", [True, False])
+def test_the_identity_of_a_residual_is_exact(last: bool) -> None:
     """With weights of zero the output is the input, though ``weight + 1`` and its error are 16-bit numbers."""
-    x = torch.randn(2, 128, 30, 30, device="cuda").bfloat16().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 128, 30, 30, device="cuda").bfloat16().to(memory_format=memory_format(last))
     w = torch.zeros(128, 31, device="cuda", dtype=torch.bfloat16)
     assert torch.equal(oriented_conv1d(x, w, geometry.layer_angles(128), residual=True), x)
     w[:, 15] = 2**-10  # lost in bfloat16's 1 + 2**-10
@@ -180,8 +229,9 @@ def test_the_identity_of_a_residual_is_exact() -> None:
 
 
 @pytest.mark.gpu
-def test_weight_gradient_is_the_same_bits_every_time() -> None:
-    x = torch.randn(32, 96, 28, 28, device="cuda").bfloat16().to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("last", [True, False])
+def test_weight_gradient_is_the_same_bits_every_time(last: bool) -> None:
+    x = torch.randn(32, 96, 28, 28, device="cuda").bfloat16().to(memory_format=memory_format(last))
     w = torch.randn(96, 31, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     g = torch.randn_like(x)
     grads = [torch.autograd.grad(oriented_conv1d(x, w, geometry.layer_angles(96)), w, g)[0] for _ in range(3)]

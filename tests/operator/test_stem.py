@@ -84,6 +84,7 @@ def test_kernels_compile_without_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatc
     for architecture, image in (("sm_80", "float"), ("sm_90", "bf16")):
         spec = stem.Spec(kind, image, 3, 31, 2, 15, 8, 8)
         assert len(compiler.machine_code(spec, architecture).code) > 1000
+        assert all(f" {name}(" in spec.text for name in spec.functions.values())
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ def _mma_spec(
     in_shape: torch.Size,
     out_shape: torch.Size,
     dtype: torch.dtype,
+    last: bool,
     alignment: int,
     device: torch.device,
     taps: LayerTaps,
@@ -282,10 +283,16 @@ def _mma_spec(
     phases, oh, ow = _phases(kind, out_shape, stride)
     if n * (max(hi, wi, oh, ow) + taps.kernel_size) >= 2**29:
         return None
-    table, _ = _table(taps, angles, phases, mma.CHANNELS, 4)
-    vector = _granule(taps, table, dtype.itemsize, alignment) // 2
+    vector = 1
+    if last:
+        table, _ = _table(taps, angles, phases, mma.WARPS, 4)
+        vector = _granule(taps, table, dtype.itemsize, alignment) // 2
     _, memory = compiler.limits(device)
-    return mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), (oh, ow), memory)
+    spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), (oh, ow), memory, last)
+    if spec is None or last:
+        return spec
+    table, _ = _table(taps, angles, phases, spec.channels, vector)
+    return dataclasses.replace(spec, full=all(count in (0, spec.channels) for _, _, count in table))
 
 
 def _mma_launch(
@@ -295,7 +302,7 @@ def _mma_launch(
     ho, wo = out_shape[2:]
     phases, oh, ow = _phases(spec.kind, out_shape, spec.stride)
     processors, _ = compiler.limits(device)
-    table, _ = _table(taps, spec.angles, phases, mma.CHANNELS, spec.vector)
+    table, _ = _table(taps, spec.angles, phases, spec.channels, spec.vector)
     groups = [row for row in table if row[2]]
     shares = mma.share(spec, groups, n, (hi, wi), (oh, ow), 2 * c * max(hi * wi, ho * wo), processors)
     splits = max(row[4] for row in shares.rows)
@@ -303,14 +310,14 @@ def _mma_launch(
     launch = _Launch(
         compiler.compile(spec, device),
         (shares.strips, len(shares.rows), 1),
-        32 * max(count for _, _, count in groups),
+        32 * (max(count for _, _, count in groups) if spec.last else mma.WARPS),
         spec.shared_bytes,
         (table_there, n, c, hi, wi, ho, wo, int(shares.by_image)),
         table_there,
         len(shares.rows),
         c,
-        (splits * shares.strips, c, max(len(program.fold) for program, _ in mma.programs(spec)) + 1),
-        shares.strips,
+        (splits * shares.strips * spec.team, c, max(len(program.fold) for program, _ in mma.programs(spec)) + 1),
+        shares.strips * spec.team,
     )
     launch.code.reserve("run", spec.shared_bytes, device)
     return launch
@@ -394,8 +401,8 @@ def _choose(
     angles: tuple[float, ...],
 ) -> tuple[Spec | mma.Spec, int]:
     """The kernel for the channels of ``angles``, and the bytes of shared memory of a block."""
-    if last and dtype.itemsize == 2:
-        spec = _mma_spec(kind, in_shape, out_shape, dtype, alignment, device, taps, stride, angles)
+    if dtype.itemsize == 2:
+        spec = _mma_spec(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride, angles)
         if spec is not None:
             return spec, spec.shared_bytes
     _, oh, ow = _phases(kind, out_shape, stride)

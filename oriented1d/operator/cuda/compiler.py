@@ -66,8 +66,8 @@ class Source(Protocol):
         """The CUDA C++."""
 
     @property
-    def functions(self) -> tuple[str, ...]:
-        """Names of its kernels."""
+    def functions(self) -> dict[str, str]:
+        """Its kernels: what they are called here, and in the source and in a profile."""
 
 
 @dataclasses.dataclass
@@ -172,5 +172,5 @@ def compile(spec: Source, device: torch.device) -> Compiled:
         code = begin(spec, device).result()
         with _lock:
             if key not in _compiled:
-                _compiled[key] = Compiled({name: code.get_kernel(name) for name in spec.functions})
+                _compiled[key] = Compiled({name: code.get_kernel(there) for name, there in spec.functions.items()})
     return _compiled[key]

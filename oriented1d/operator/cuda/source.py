@@ -70,9 +70,15 @@ class Spec:
         return source(self)
 
     @property
-    def functions(self) -> tuple[str, ...]:
-        """Names of its kernels."""
-        return ("run", "reduce") if self.kind == "weight" else ("run",)
+    def functions(self) -> dict[str, str]:
+        """Its kernels: what they are called here, and in the source and in a profile."""
+        return functions(self.kind)
+
+
+def functions(kind: str) -> dict[str, str]:
+    """The kernels of a source, and their names in it."""
+    run = {"run": f"oriented_{kind}"}
+    return run | {"reduce": "oriented_reduce"} if kind == "weight" else run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,7 +488,7 @@ def _channels_last(spec: Spec) -> str:
     return f"""
 #define CHANNELS {spec.block.channels}
 {_COPY}
-extern "C" __global__ void __launch_bounds__({spec.block.tiles * spec.block.channels // spec.vector}, {spec.block.resident}) run(
+extern "C" __global__ void __launch_bounds__({spec.block.tiles * spec.block.channels // spec.vector}, {spec.block.resident}) oriented_{spec.kind}(
     {head}
     const int* __restrict__ first, const int4* __restrict__ work, i64 C_, i64 hi_, i64 wi_, i64 ho_, i64 wo_,
     i64 granule_{tail})
@@ -519,7 +525,7 @@ def reduce(spec: Spec, columns: int = 3, parts: str = "parts") -> str:
         folds.append("{" + ", ".join(str(of_tap[t]) for t in range(spec.kernel_size)) + f", {most}}}")
     return f"""
 __constant__ unsigned char fold[{len(folds)}][{spec.kernel_size + 1}] = {{ {", ".join(folds)} }};
-extern "C" __global__ void reduce(
+extern "C" __global__ void oriented_reduce(
     const float* __restrict__ partial, T* __restrict__ gw, T* __restrict__ gb, const int* __restrict__ table,
     i64 C, i64 parts)
 {{
@@ -972,7 +978,7 @@ def _planar(spec: Spec) -> str:
         setup = "const float identity = (float)identity_;"
     return f"""
 {_PLANES}
-extern "C" __global__ void __launch_bounds__({threads}, {spec.block.resident}) run(
+extern "C" __global__ void __launch_bounds__({threads}, {spec.block.resident}) oriented_{spec.kind}(
     {head}
     const int* __restrict__ first, const int4* __restrict__ work, i64 C_, i64 hi_, i64 wi_, i64 ho_, i64 wo_,
     const u16* __restrict__ list{tail})

@@ -73,8 +73,9 @@ class Spec:
         return _source(self)
 
     @property
-    def functions(self) -> tuple[str, ...]:
-        return ("run",) if self.kind == "forward" else ("run", "reduce", "reduce_norm")
+    def functions(self) -> dict[str, str]:
+        names = ("run",) if self.kind == "forward" else ("run", "reduce", "reduce_norm")
+        return {name: f"oriented_stem_{self.kind if name == 'run' else name}" for name in names}
 
 
 def unsupported(
@@ -287,7 +288,7 @@ struct Norm {
 """
 
 _FORWARD = r"""
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) run(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) oriented_stem_forward(
     const T* __restrict__ image, u16* __restrict__ z, u16* __restrict__ y,
     const float* __restrict__ projection, const float* __restrict__ offset,
     const float* __restrict__ weight, const float* __restrict__ bias,
@@ -359,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) run(
 """
 
 _BACKWARD = r"""
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) run(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) oriented_stem_backward(
     const T* __restrict__ image, const u16* __restrict__ g, const u16* __restrict__ y,
     const float* __restrict__ norm_weight, const float* __restrict__ norm_bias,
     float* __restrict__ partial, float* __restrict__ partial_norm, const int4* __restrict__ table,
@@ -451,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) run(
 }
 
 // A warp has 8 x 4 threads for one tap of a channel: every eighth part, the four numbers of a pixel.
-extern "C" __global__ void __launch_bounds__(256) reduce(
+extern "C" __global__ void __launch_bounds__(256) oriented_stem_reduce(
     const float* __restrict__ partial, float* __restrict__ result, const int* __restrict__ table, i64 parts)
 {
     const int at = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, i = lane % 4;
@@ -465,7 +466,8 @@ extern "C" __global__ void __launch_bounds__(256) reduce(
     if (lane <= IN) result[at * (IN + 1) + lane] = total;
 }
 
-extern "C" __global__ void reduce_norm(const float* __restrict__ partial, float* __restrict__ result, i64 parts)
+extern "C" __global__ void oriented_stem_reduce_norm(
+    const float* __restrict__ partial, float* __restrict__ result, i64 parts)
 {
     float total = 0.f;
     for (int part = threadIdx.x; part < parts; part += 32) total += partial[(i64)part * (2 * CHANNELS) + blockIdx.x];
