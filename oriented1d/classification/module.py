@@ -51,6 +51,8 @@ class ImageClassifier(L.LightningModule):
         mixup, cutmix: alphas of the two; 0 is off.
         mix_switch_prob: probability of cutmix where both are on.
         ema_decay: decay of the moving average, updated once an optimizer step; None is off.
+        compile: compile the network with ``torch.compile`` for ``fit``: faster steps on a GPU, after up to a minute at
+            the start. Weights and checkpoints are the same.
         predictions: CSV file that ``oriented1d predict`` writes.
 
     Raises:
@@ -76,6 +78,7 @@ class ImageClassifier(L.LightningModule):
         cutmix: float = 1.0,
         mix_switch_prob: float = 0.5,
         ema_decay: float | None = 0.9999,
+        compile: bool = False,
         predictions: str = "predictions.csv",
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class ImageClassifier(L.LightningModule):
         self.warmup_epochs = warmup_epochs
         self.final_lr = final_lr
         self.ema_decay = ema_decay
+        self.compiled = compile
         self.pretrained = pretrained
         self.use_ema = use_ema
         self.predictions = predictions
@@ -154,9 +158,13 @@ class ImageClassifier(L.LightningModule):
                     )
                 self.ema = _average(self.model, self.ema_decay)
             self.class_names = data.class_names
+            if self.compiled:
+                self.model.compile()
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FullySharded):
+            if self.compiled:
+                raise UserError("model.compile: expected false with trainer.strategy fsdp, got true")
             for network in [self.model] + ([self.ema.module] if self.ema is not None else []):
                 shard(network, self.trainer.strategy.device_mesh["data_parallel"])
 

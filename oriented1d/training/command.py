@@ -24,7 +24,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from oriented1d.training.callbacks import BestCheckpoint, LastCheckpoint, Progress, RandomStates, StopAtBadLoss, Summary
+from oriented1d.training.callbacks import (
+    BestCheckpoint,
+    ChannelsLast,
+    LastCheckpoint,
+    Progress,
+    RandomStates,
+    StopAtBadLoss,
+    Summary,
+)
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
 from oriented1d.training.restart import Metrics, RunStatus, WholeCheckpoints, find_interrupted
@@ -56,7 +64,7 @@ class Command(LightningCLI):
             trainer_defaults={
                 "default_root_dir": "runs",
                 "enable_model_summary": False,
-                "callbacks": [Summary(), Progress(), RandomStates()],
+                "callbacks": [ChannelsLast(), Summary(), Progress(), RandomStates()],
             },
             seed_everything_default=0,
             # An ArgumentError instead of three lines of usage and the end of the process; no guessing of options.

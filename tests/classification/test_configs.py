@@ -46,7 +46,7 @@ def build(part: dict[str, Any]) -> Any:
 
 
 def test_every_configuration_is_tested():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*PUBLISHED, "quickstart", "textures", *STUDY}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*PUBLISHED, "quickstart", "speed", "textures", *STUDY}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,0 +1,95 @@
+"""Training on random images, and compiled training."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from oriented1d.cli import main
+from oriented1d.training.callbacks import ChannelsLast
+
+NETWORK = '{"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16], "stem_dim": 8}'
+
+
+def run(folder: Path, *further: str) -> dict[str, Any]:
+    options = {
+        "config": "configs/classification/speed.yaml",
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.max_epochs": 2,
+        "trainer.log_every_n_steps": 1,
+        "trainer.default_root_dir": folder,
+        "threads": 1,
+        "model.network": "convnext_atto_1d",
+        "model.network_args": NETWORK,
+        "model.num_classes": 5,
+        "data.num_classes": 5,
+        "data.image_size": 32,
+        "data.batch_size": 4,
+        "data.steps": 3,
+    }
+    assert main(["fit", *(f"--{name}={value}" for name, value in options.items()), *further]) == 0
+    return torch.load(folder / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_compiled_training_gives_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    original = nn.Module.compile
+
+    def by_eager(module: nn.Module) -> None:  # the graph is captured; Inductor would take half a minute
+        compiled.append(module)
+        original(module, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", by_eager)
+    plain = run(tmp_path / "plain", "--model.compile=false")
+    assert not compiled
+    fast = run(tmp_path / "compiled")
+    assert [type(module).__name__ for module in compiled] == ["ConvNeXt"]
+    assert fast["global_step"] == plain["global_step"] == 6
+    assert list(fast["state_dict"]) == list(plain["state_dict"])
+    for name, value in plain["state_dict"].items():
+        torch.testing.assert_close(fast["state_dict"][name], value, rtol=1e-4, atol=1e-6)
+    with (tmp_path / "compiled" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["train/images_per_second"]) > 0 for row in rows if row["train/images_per_second"])
+    assert any(row["train/images_per_second"] for row in rows)
+
+
+def test_random_images_are_for_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path, "--model.compile=false")
+    checkpoint = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    options = ["--trainer.accelerator=cpu", "--model.network=convnext_atto_1d", f"--model.network_args={NETWORK}"]
+    options += ["--model.num_classes=5", f"--ckpt_path={checkpoint}", "--trainer.precision=32-true"]
+    assert main(["validate", "--config=configs/classification/speed.yaml", *options]) == 1
+    assert "data: random images are for oriented1d fit alone" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_weights_are_channels_last_on_a_gpu() -> None:
+    class Net(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            y = self.conv(batch)
+            self.followed = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+            return y.square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    trainer = L.Trainer(
+        accelerator="gpu", devices=1, max_steps=1, callbacks=[ChannelsLast()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    model = Net()
+    trainer.fit(model, [torch.randn(2, 8, 16, 16)])
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.followed
