@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from oriented1d.layers import OrientedConv1d
 from oriented1d.training.errors import UserError
@@ -412,6 +413,17 @@ class ChannelsLast(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.strategy.root_device.type == "cuda":
             pl_module.to(memory_format=torch.channels_last)
+
+
+class FixedAngles(Callback):
+    """Keeps DDP from sending the angles of oriented layers, which never change, to all processes before each step: a
+    layer whose angles were written reads them back, and the host waits for the device."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        layers = (name for name, module in pl_module.named_modules() if isinstance(module, OrientedConv1d))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            pl_module, [f"{name}.theta" for name in layers]
+        )
 
 
 class KernelFigure(Callback):
