@@ -237,6 +237,10 @@ def summaries(rows: Sequence[dict[str, Any]]) -> list[Summary]:
     return result
 
 
+def _with_spread(value: str, spread: float) -> str:
+    return value if math.isnan(spread) else f"{value} ± {spread:.2f}"
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown: a table for each data set, and where they were measured."""
     first = next(iter(NETWORKS))
@@ -260,10 +264,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for summary in group:
             difference = ""
             if reference is not None and summary is not reference:
-                difference = f"{summary.mean - reference.mean:+.2f} ± {summary.standard_error(reference):.2f}"
+                difference = _with_spread(f"{summary.mean - reference.mean:+.2f}", summary.standard_error(reference))
             lines.append(
                 f"| {summary.network} | {summary.parameters:,} | {len(summary.top1)} | "
-                f"{summary.mean:.2f} ± {summary.deviation:.2f} | {difference} |"
+                f"{_with_spread(f'{summary.mean:.2f}', summary.deviation)} | {difference} |"
             )
         lines.append("")
     return "\n".join(lines)
