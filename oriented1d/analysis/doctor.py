@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import oriented1d
 from oriented1d import geometry
-from oriented1d.operator import cpu, library, oriented_conv1d, use_backend
+from oriented1d.operator import cpu, library, oriented_conv1d, stem, use_backend
 from oriented1d.operator.cuda import compiler
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
@@ -137,7 +138,7 @@ def choices(device: torch.device) -> Iterator[str]:
             reason = cuda.unsupported(images, taps, 1)
             why = f"no kernels for {reason}" if reason else f"NVRTC {nvrtc_version()} compiles its kernels"
             if reason is None and dtype.itemsize == 2 and compiler.capability(device) >= (8, 0):
-                why += ", which use tensor cores where images are channels_last"
+                why += ", which use tensor cores"
         dtypes.setdefault((chosen, why), []).append(_short(dtype))
     for (chosen, why), names in dtypes.items():
         yield f"{device} {', '.join(names)}: {chosen} ({why})"
@@ -190,6 +191,11 @@ def parity(device: torch.device, backend: str, dtype: torch.dtype, layout: torch
     ]
     with use_backend(backend):
         actual = _results(on_device, stride)
+    return _largest_error(actual, expected)
+
+
+def _largest_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Relative to the largest value of each expected tensor. Infinite where a value is not finite."""
     errors = [
         ((ours.cpu().double() - theirs).abs().max() / theirs.abs().max()).nan_to_num(nan=torch.inf).item()
         for ours, theirs in zip(actual, expected, strict=True)
@@ -197,21 +203,49 @@ def parity(device: torch.device, backend: str, dtype: torch.dtype, layout: torch
     return max(errors)
 
 
+def stem_parity(device: torch.device) -> float:
+    """As :func:`parity`, of the first half of the 1D stem in bfloat16, which has a kernel of its own on GPUs."""
+    random = torch.Generator().manual_seed(0)
+    c = _LAYER.channels
+    sizes = ((2, 3, 24, 21), (c, 3), (c,), (c, _KERNEL_SIZE), (c,), (c,), (c,), (2, c, 12, 11))
+    inputs = [torch.randn(size, generator=random).bfloat16() for size in sizes]
+
+    def results(image: Tensor, *others: Tensor) -> list[Tensor]:
+        *parameters, grad_output = others
+        projection, offset, weight, bias, norm_weight, norm_bias = (p.detach().requires_grad_() for p in parameters)
+        leaves = projection, offset, weight, bias, norm_weight, norm_bias
+        oriented = weight, _LAYER, bias
+        output = stem.oriented_stem(image, projection, offset, *oriented, norm_weight, norm_bias, 1e-6, 2)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(output.dtype))]
+
+    expected = results(*(tensor.double() for tensor in inputs))
+    image, *others = (tensor.to(device) for tensor in inputs)
+    return _largest_error(results(image, *(tensor.float() for tensor in others)), expected)
+
+
+def _checks(device: torch.device) -> Iterator[tuple[str, torch.dtype, Callable[[], float]]]:
+    for backend in available(device):
+        for dtype, layout, stride in _CASES:
+            what = f"{backend} {_short(dtype)} {_short(layout)} stride {stride}"
+            yield what, dtype, functools.partial(parity, device, backend, dtype, layout, stride)
+    image = torch.empty(1, 3, 8, 8, dtype=torch.bfloat16, device=device)
+    if stem.supported(image, torch.empty(_LAYER.channels, _KERNEL_SIZE, device=device), _LAYER, 2):
+        yield "stem bfloat16", torch.bfloat16, functools.partial(stem_parity, device)
+
+
 def self_check() -> Iterator[tuple[bool, str]]:
     """For every backend of every device and a few kinds of images: whether :func:`parity` is small enough, and a line
     that says so."""
     for device in devices():
-        for backend in available(device):
-            for dtype, layout, stride in _CASES:
-                try:
-                    error = parity(device, backend, dtype, layout, stride)
-                    passed = error <= TOLERANCE[dtype]
-                    result = f"error {error:.1e} of {TOLERANCE[dtype]:.0e} allowed"
-                except Exception as problem:  # whatever a compiler, a driver or a kernel raises is the finding
-                    passed = False
-                    result = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
-                what = f"{device} {backend} {_short(dtype)} {_short(layout)} stride {stride}"
-                yield passed, f"{'pass' if passed else 'FAIL'}  {what}: {result}"
+        for what, dtype, check in _checks(device):
+            try:
+                error = check()
+                passed = error <= TOLERANCE[dtype]
+                result = f"error {error:.1e} of {TOLERANCE[dtype]:.0e} allowed"
+            except Exception as problem:  # whatever a compiler, a driver or a kernel raises is the finding
+                passed = False
+                result = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+            yield passed, f"{'pass' if passed else 'FAIL'}  {device} {what}: {result}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

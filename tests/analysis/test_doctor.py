@@ -97,6 +97,22 @@ def test_the_reference_itself_is_compared_in_float64(monkeypatch):
     assert seen == [torch.float64]
 
 
+def test_the_stem_is_compared_with_float64(monkeypatch):
+    cpu = torch.device("cpu")  # which has the same operator, without a kernel
+    assert 1e-4 < doctor.stem_parity(cpu) < doctor.TOLERANCE[torch.bfloat16]
+    monkeypatch.setattr(doctor.stem, "supported", lambda *arguments: True)
+    monkeypatch.setattr(doctor, "devices", lambda: [cpu])
+    lines = [line for _, line in doctor.self_check()]
+    assert lines[-1].startswith("pass  cpu stem bfloat16: error ")
+
+
+@pytest.mark.gpu
+def test_healthy_on_a_gpu():
+    results = list(doctor.self_check())
+    assert all(passed for passed, _ in results), results
+    assert any("cuda:0 stem bfloat16" in line for _, line in results)
+
+
 def test_without_numba(capsys, monkeypatch):
     monkeypatch.setattr(cpu, "available", lambda: False)
     monkeypatch.setitem(sys.modules, "oriented1d.operator.cpu_kernels", None)
