@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from oriented1d.layers import OrientedConv1d
 from oriented1d.training.errors import UserError
+from oriented1d.training.sharding import FullySharded
 
 
 def duration(seconds: float) -> str:
@@ -411,7 +412,8 @@ class ChannelsLast(Callback):
     """Weights of convolutions in channels_last on a GPU, where 16-bit convolutions are fastest; images follow them."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.strategy.root_device.type == "cuda":
+        # FSDP shards contiguous weights only.
+        if trainer.strategy.root_device.type == "cuda" and not isinstance(trainer.strategy, FullySharded):
             pl_module.to(memory_format=torch.channels_last)
 
 
