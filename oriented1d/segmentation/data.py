@@ -177,7 +177,8 @@ class SegmentationData(L.LightningDataModule):
         train_split, val_split: names of the folders.
         zero_is_unlabelled: label 0 means no label, and class ``i`` has label ``i + 1``; else label ``i``. In both,
             255 is ignored.
-        images: image files and folders for ``oriented1d predict``.
+        images: image files and folders for ``oriented1d predict``. Those in ``root/images`` that have labels are shown
+            beside them.
         scale: longer and shorter side in pixels that images are made to fit, before the random ratio of training.
         ratios: range of that ratio.
         crop: side of the training crops, pixels.
@@ -243,7 +244,7 @@ class SegmentationData(L.LightningDataModule):
         if stage == "predict":
             if not self.images:
                 raise UserError("data.images: expected image files or folders to predict, got none")
-            self.test_set = self._test_set([(path, None) for path in find_images(self.images)])
+            self.test_set = self._test_set([(path, self._labels_of(path)) for path in find_images(self.images)])
             return
         if self.root is None:
             raise UserError("data.root: expected the folder of the data set, got none")
@@ -252,6 +253,14 @@ class SegmentationData(L.LightningDataModule):
             self.train_set = TrainSet(pairs, self.num_classes, self.zero_is_unlabelled, self.transform, self.seed)
             keep_total_batch(self.trainer, self.total_batch_size, self.batch_size, len(pairs))
         self.test_set = self._test_set(find_pairs(Path(self.root), self.val_split))
+
+    def _labels_of(self, image: Path) -> Path | None:
+        """The label map of an image of the data set; None for other images."""
+        if self.root is None or not image.is_relative_to(Path(self.root) / "images"):
+            return None
+        inside = image.relative_to(Path(self.root) / "images").with_suffix(".png")
+        labels = Path(self.root) / "annotations" / inside
+        return labels if labels.is_file() else None
 
     def _test_set(self, pairs: Sequence[tuple[Path, Path | None]]) -> TestSet:
         mean, std = self.transform.mean, self.transform.std

@@ -25,7 +25,10 @@ def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int, opacity: fl
 
 
 class PredictionWriter(FolderWriter):
-    """Writes ``{name}_labels.png`` (the class of each pixel, from 0) and ``{name}_overlay.png`` for each image."""
+    """Writes ``{name}_labels.png`` (the class of each pixel, from 0) and ``{name}_overlay.png`` for each image.
+
+    For those with labels also ``{name}_comparison.png``: the image, its labels and the prediction side by side.
+    """
 
     def on_predict_batch_end(
         self,
@@ -41,7 +44,12 @@ class PredictionWriter(FolderWriter):
         labels = outputs.cpu().numpy().astype(np.uint8 if num_classes <= 256 else np.uint16)
         name = self.name(batch["file"])
         self._save(labels, f"{name}_labels.png")
-        self._save(overlay(read_image(Path(batch["file"])), labels, num_classes), f"{name}_overlay.png")
+        image = read_image(Path(batch["file"]))
+        predicted = overlay(image, labels, num_classes)
+        self._save(predicted, f"{name}_overlay.png")
+        if "labels" in batch:
+            truth = overlay(image, batch["labels"].cpu().numpy(), num_classes)
+            self._save(np.concatenate([image, truth, predicted], axis=1), f"{name}_comparison.png")
 
     def _save(self, pixels: np.ndarray, name: str) -> None:
         with unfinished(self.folder / name) as partial:

@@ -101,9 +101,25 @@ def test_predict_writes_labels_and_overlays(run: Path, mosaic: Path, tmp_path: P
         truth = np.array(Image.open(mosaic / "annotations" / "validation" / path.name))
         assert labels.shape == truth.shape
         right.append((labels == truth.astype(int) - 1)[truth > 0].mean())
-        assert Image.open(tmp_path / "out" / f"{path.stem}_overlay.png").size == labels.shape[::-1]
+        height, width = labels.shape
+        predicted = np.array(Image.open(tmp_path / "out" / f"{path.stem}_overlay.png"))
+        assert predicted.shape == (height, width, 3)
+        comparison = np.array(Image.open(tmp_path / "out" / f"{path.stem}_comparison.png"))
+        assert comparison.shape == (height, 3 * width, 3)
+        assert np.array_equal(comparison[:, 2 * width :], predicted)
+        # Where the prediction is right, its picture and that of the labels are the same.
+        same = (comparison[:, width : 2 * width] == predicted).all(-1)
+        assert same[labels == truth.astype(int) - 1].all()
+        assert not same.all()
     assert np.mean(right) > 0.6
-    assert len(list((tmp_path / "out").iterdir())) == 2 * len(right)
+    assert len(list((tmp_path / "out").iterdir())) == 3 * len(right)
+    # Images from elsewhere have no labels.
+    alone = tmp_path / "elsewhere" / path.name
+    alone.parent.mkdir()
+    alone.write_bytes(path.read_bytes())
+    settings = arguments(mosaic, tmp_path, data__images=alone, model__predictions=tmp_path / "two")
+    assert main(["predict", f"--config={CONFIGS / 'mosaic_1d.yaml'}", f"--ckpt_path={checkpoint}", *settings]) == 0
+    assert len(list((tmp_path / "two").iterdir())) == 2
 
 
 class Stop(L.Callback):
