@@ -124,9 +124,7 @@ def floors(model: nn.Module, case: Case, device: Device) -> dict[str, float]:
         if not isinstance(output, Tensor) or not inputs:
             return
         read, written = sizes[module] = inputs[0].numel(), output.numel()  # of one image
-        three = (
-            3 if training else 1
-        )  # the output and two gradients, each read two such tensors or read one and write one
+        three = 3 if training else 1  # the output, and two gradients
         if isinstance(module, OrientedConv1d):
             found[module] = ORIENTED, seconds(three * (read + written))
         elif isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
