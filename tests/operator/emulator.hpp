@@ -7,20 +7,12 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <numeric>
-#include <random>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
-#define __CUDA_ARCH__ 900
 #define __device__
 #define __global__
 #define __constant__ static
@@ -59,7 +51,7 @@ struct Copy {
 struct Fiber {
     ucontext_t entry;
     jmp_buf place;
-    std::unique_ptr<char[]> stack{new char[STACK]};
+    char* stack = new char[STACK];
     bool begun = false;
     State state = State::READY;
     void (*act)(void* const* lanes) = nullptr;  // what the lanes of its warp do together, with the data of each
@@ -67,15 +59,22 @@ struct Fiber {
     std::vector<std::vector<Copy>> copies;  // cp.async that have not arrived, by group; the last group is open
 };
 
-static std::vector<std::unique_ptr<Fiber>> fibers;
+struct Failure {
+    const char* message;
+};
+
+static std::vector<Fiber*> fibers;
 static Fiber* current;
 static jmp_buf scheduler;
-static std::function<void()> body;
-static std::string failure;
-static std::mt19937 random_numbers;
+static void (*body)();
+static const long long* arguments;  // of the kernel
+static const char* failure;  // of a fiber
 static int order;  // 0 ascending, 1 descending, else random from this seed
+static uint64_t random_state;
 alignas(128) static unsigned char shared[(228 << 10) + FENCE];
 static unsigned shared_bytes;
+
+static unsigned random_number() { return (random_state = random_state * 6364136223846793005 + 1442695040888963407) >> 33; }
 
 // swapcontext would save the signal mask, a system call each time.
 static __attribute__((noinline)) void pause() {
@@ -83,14 +82,14 @@ static __attribute__((noinline)) void pause() {
 }
 
 static __attribute__((noinline)) void resume(unsigned thread) {
-    current = fibers[thread].get();
+    current = fibers[thread];
     threadIdx = {thread, 0};
     if (!_setjmp(scheduler)) {
         if (current->begun) _longjmp(current->place, 1);
         current->begun = true;
         setcontext(&current->entry);
     }
-    if (!failure.empty()) throw std::runtime_error(failure);
+    if (failure) throw Failure{failure};
 }
 
 static void run_fiber() {
@@ -117,9 +116,10 @@ static void all_lanes(void (*act)(void* const*), void* data) {
 
 static std::vector<unsigned> ordered(unsigned first, unsigned last) {
     std::vector<unsigned> result(last - first);
-    std::iota(result.begin(), result.end(), first);
-    if (order == 1) std::reverse(result.begin(), result.end());
-    if (order > 1) std::shuffle(result.begin(), result.end(), random_numbers);
+    for (unsigned i = 0; i < last - first; ++i) {
+        result[i] = order == 1 ? last - 1 - i : first + i;
+        if (order > 1) std::swap(result[i], result[random_number() % (i + 1)]);
+    }
     return result;
 }
 
@@ -133,10 +133,10 @@ static void run_warp(unsigned first, unsigned last) {
             waiting += fibers[lane]->state == State::WARP;
         }
         if (waiting == 0) return;
-        if (waiting != last - first) throw std::runtime_error("some lanes of a warp wait for the others");
+        if (waiting != last - first) throw Failure{"some lanes of a warp wait for the others"};
         void* data[32];
         for (unsigned lane = first; lane < last; ++lane) {
-            if (fibers[lane]->act != fibers[first]->act) throw std::runtime_error("lanes of a warp wait for each other");
+            if (fibers[lane]->act != fibers[first]->act) throw Failure{"lanes of a warp wait for each other"};
             data[lane - first] = fibers[lane]->data;
             fibers[lane]->state = State::READY;
         }
@@ -153,7 +153,7 @@ static void run_block() {
         fibers[thread]->copies.assign(1, {});
     }
     for (unsigned alive = threads; alive;) {
-        for (unsigned warp : ordered(0, warps)) run_warp(32 * warp, std::min(32 * warp + 32, threads));
+        for (unsigned warp : ordered(0, warps)) run_warp(32 * warp, 32 * warp + 32 < threads ? 32 * warp + 32 : threads);
         alive = 0;
         for (unsigned thread = 0; thread < threads; ++thread) {
             if (fibers[thread]->state == State::DONE) continue;
@@ -162,43 +162,45 @@ static void run_block() {
         }
     }
     for (size_t i = 0; i < FENCE; ++i)
-        if (shared[shared_bytes + i] != 0xff) throw std::runtime_error("written behind the shared memory of a block");
+        if (shared[shared_bytes + i] != 0xff) throw Failure{"written behind the shared memory of a block"};
 }
 
-template <class... P, size_t... I>
-void call(void (*kernel)(P...), const long long* arguments, std::index_sequence<I...>) {
+template <auto kernel, class... P, size_t... I>
+void call(void (*)(P...), std::index_sequence<I...>) {
     kernel((P)arguments[I]...);
 }
-
-// What went wrong; empty if nothing did.
 template <class... P>
-const char* launch(void (*kernel)(P...), const int* shape, const long long* arguments) {
+std::index_sequence_for<P...> numbered(void (*)(P...)) { return {}; }
+
+// What went wrong; null if nothing did. The shape is that of the grid, of a block, and the bytes of its shared memory.
+template <auto kernel>
+const char* launch(const int* shape, const long long* arguments_) {
     gridDim = {(unsigned)shape[0], (unsigned)shape[1]};
     blockDim = {(unsigned)shape[2], 1};
     shared_bytes = shape[3];
-    order = shape[4];
-    random_numbers.seed(order);
-    failure.clear();
-    body = [=] { call(kernel, arguments, std::index_sequence_for<P...>()); };
+    random_state = order = shape[4];
+    arguments = arguments_;
+    body = [] { call<kernel>(kernel, numbered(kernel)); };
+    failure = nullptr;
     while (fibers.size() < blockDim.x) {
-        fibers.push_back(std::make_unique<Fiber>());
-        ucontext_t& entry = fibers.back()->entry;
-        getcontext(&entry);
-        entry.uc_stack.ss_sp = fibers.back()->stack.get();
-        entry.uc_stack.ss_size = STACK;
-        makecontext(&entry, run_fiber, 0);
+        Fiber* const fiber = new Fiber;
+        getcontext(&fiber->entry);
+        fiber->entry.uc_stack.ss_sp = fiber->stack;
+        fiber->entry.uc_stack.ss_size = STACK;
+        makecontext(&fiber->entry, run_fiber, 0);
+        fibers.push_back(fiber);
     }
     try {
-        if (shared_bytes + FENCE > sizeof shared) throw std::runtime_error("too much shared memory");
+        if (shared_bytes + FENCE > sizeof shared) throw Failure{"too much shared memory"};
         for (unsigned block : ordered(0, gridDim.x * gridDim.y)) {
             blockIdx = {block % gridDim.x, block / gridDim.x};
             run_block();
         }
-    } catch (const std::runtime_error& error) {
-        failure = error.what();
-        fibers.clear();  // they stopped somewhere
+    } catch (const Failure& thrown) {
+        fibers.clear();  // they stopped somewhere, and are left there
+        return thrown.message;
     }
-    return failure.c_str();
+    return nullptr;
 }
 
 // Numbers -------------------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ static unsigned short to_half(float f) {
     const float size = std::fabs(f);
     if (std::isnan(f)) return 0x7fff;
     if (size >= 65520) return sign | 0x7c00;
-    const int exponent = std::max(std::ilogb(size), -14);
+    const int exponent = std::fmax(std::ilogb(size), -14);
     return sign + ((exponent + 14) << 10) + (int)std::nearbyint(std::ldexp(size, 10 - exponent));
 }
 static float from_half(unsigned short h) {
@@ -291,7 +293,7 @@ static void copy_async(unsigned address, const void* from, int bytes, bool there
     if (!there) return;
     const Copy copy{at(address, bytes), from, bytes};
     check((uintptr_t)from % bytes == 0, "copied from an address that is not aligned");
-    const bool late = order == 0 || (order > 1 && random_numbers() % 2);
+    const bool late = order == 0 || (order > 1 && random_number() % 2);
     if (late) current->copies.back().push_back(copy);
     else std::memcpy(copy.to, copy.from, bytes);
 }
@@ -434,8 +436,8 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 static float __uint_as_float(unsigned u) { return emulator::as<float>(u); }
 static float __int_as_float(int i) { return emulator::as<float>(i); }
 static unsigned __float_as_uint(float f) { return emulator::as<unsigned>(f); }
-static int max(int a, int b) { return std::max(a, b); }
-static int min(int a, int b) { return std::min(a, b); }
+static int max(int a, int b) { return a > b ? a : b; }
+static int min(int a, int b) { return a < b ? a : b; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
 static int __clz(int a) { return a ? __builtin_clz(a) : 32; }
 static unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {

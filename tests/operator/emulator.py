@@ -8,7 +8,7 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from oriented1d.operator.cuda import compiler, stem
 COMPILER = shutil.which("g++")
 ASCENDING, DESCENDING = 0, 1  # orders of blocks, warps and lanes; larger numbers are seeds of random ones
 _HEADER = Path(__file__).with_suffix(".hpp")
-_FLAGS = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+_FLAGS = ["-std=c++17", "-Og", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
 _FENCE = 256  # bytes of NaN on both sides of a tensor
 
 # What stands in an asm statement, and the function of the emulator that does it.
@@ -101,7 +101,7 @@ def translate(spec: compiler.Source) -> str:
         end = match.end() + length + 1
     entries = [
         f'extern "C" const char* emulated_{name}(const int* shape, const long long* arguments)'
-        f" {{ return emulator::launch({name}, shape, arguments); }}"
+        f" {{ return emulator::launch<{name}>(shape, arguments); }}"
         for name in spec.functions.values()
     ]
     return "\n".join([_HEADER.read_text(), "".join(parts) + text[end:], *entries, ""])
@@ -121,23 +121,29 @@ class Emulation:
     """What stands in for a device.
 
     Attributes:
-        processors, memory: of the device; bytes of shared memory that a block can have.
+        processors: few, so that a block has more than one thing to do.
+        capability: the compute capability.
+        memory: bytes of shared memory that a block can have.
         order: in which blocks, warps and lanes run.
-        launched: the kernels that ran, in this order.
+        edit: applied to the C++, to see what a mistake does.
+        launched: what the kernels that ran were compiled from.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.processors, self.memory = 3, 232448
+        self.processors = 3
+        self.capability = (9, 0)
+        self.memory = 232448
         self.order = ASCENDING
+        self.edit: Callable[[str], str] = lambda text: text
         self.launched: list[compiler.Source] = []
-        self.edit = lambda text: text  # of the C++, to see what a mistake does
         self._folder = folder
         self._pool = ThreadPoolExecutor(2)
         self._libraries: dict[str, Future[ctypes.CDLL]] = {}
         self._tensors: list[tuple[Tensor, int]] = []
 
     def begin(self, spec: compiler.Source, device: torch.device | None = None) -> Future[ctypes.CDLL]:
-        text = self.edit(translate(spec))
+        major, minor = self.capability
+        text = f"#define __CUDA_ARCH__ {major}{minor}0\n" + self.edit(translate(spec))
         if text not in self._libraries:
             self._libraries[text] = self._pool.submit(self._library, text)
         return self._libraries[text]
@@ -164,13 +170,19 @@ class Emulation:
 
         return SimpleNamespace(launch=launch, reserve=lambda *_: None)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-        """A tensor of NaN between fences of NaN."""
-        pattern = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
-        size = pattern.numel() * dtype.itemsize
-        memory = torch.full((size + 2 * _FENCE,), 255, dtype=torch.uint8)
-        self._tensors.append((memory, size))
-        return memory[_FENCE : _FENCE + size].view(dtype).as_strided(shape, pattern.stride())
+    def poisoned(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The like of ``torch.empty`` for floating point: full of NaN, between fences of NaN."""
+
+        def empty(*args, **kwargs) -> Tensor:
+            pattern = make(*args, **kwargs | {"device": "meta"})
+            if not pattern.is_floating_point():
+                return make(*args, **kwargs)
+            size = pattern.numel() * pattern.dtype.itemsize
+            memory = torch.full((size + 2 * _FENCE,), 255, dtype=torch.uint8)
+            self._tensors.append((memory, size))
+            return memory[_FENCE : _FENCE + size].view(pattern.dtype).as_strided(pattern.shape, pattern.stride())
+
+        return empty
 
     def check_fences(self) -> None:
         for memory, size in self._tensors:
@@ -191,28 +203,17 @@ class _Array:
 def emulated(folder: Path) -> Iterator[Emulation]:
     """The functions of ``operator.cuda`` run in an emulation, on tensors of the CPU; libraries are kept in ``folder``."""
     emulation = Emulation(folder)
-    new_empty = Tensor.new_empty
-
-    def poisoned(like: Tensor, *shape, dtype: torch.dtype | None = None, **options) -> Tensor:
-        if options or not like.is_floating_point():
-            return new_empty(like, *shape, dtype=dtype, **options)
-        size = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        return emulation.empty(tuple(size), dtype or like.dtype, torch.contiguous_format)
-
-    def new_images(like: Tensor, size: tuple[int, ...], last: bool) -> Tensor:
-        return emulation.empty(size, like.dtype, torch.channels_last if last else torch.contiguous_format)
-
     caches = cuda._launches, cuda._expect_gradients, stem._plan
     with pytest.MonkeyPatch.context() as patch:
         for name in ("begin", "compile"):
             patch.setattr(compiler, name, getattr(emulation, name))
         patch.setattr(compiler, "DeviceArray", _Array)
         patch.setattr(compiler, "limits", lambda _: (emulation.processors, emulation.memory))
-        patch.setattr(compiler, "capability", lambda _: (9, 0))
+        patch.setattr(compiler, "capability", lambda _: emulation.capability)
         patch.setattr(compiler, "config", lambda *shape: shape)
         patch.setattr(compiler, "current", lambda _: contextlib.nullcontext())
-        patch.setattr(cuda, "new_images", new_images)
-        patch.setattr(Tensor, "new_empty", poisoned)
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            patch.setattr(owner, name, emulation.poisoned(getattr(owner, name)))
         for cache in caches:
             cache.cache_clear()
         yield emulation
