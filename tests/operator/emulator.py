@@ -1,13 +1,15 @@
-"""The CUDA kernels on a CPU: their text as C++ for the host (``emulator.hpp``), their launches on tensors of the CPU."""
+"""The CUDA kernels on a CPU: their text as C++ for the host (``emulator.hpp``), launched on tensors of the CPU."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 from oriented1d.operator import cuda
 from oriented1d.operator.cuda import compiler, stem
 
-COMPILER = shutil.which("g++")
+COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 ASCENDING, DESCENDING = 0, 1  # orders of blocks, warps and lanes; larger numbers are seeds of random ones
 _HEADER = Path(__file__).with_suffix(".hpp")
 _FLAGS = ["-std=c++17", "-Og", "-w", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
@@ -125,25 +127,22 @@ class Emulation:
         capability: the compute capability.
         memory: bytes of shared memory that a block can have.
         order: in which blocks, warps and lanes run.
-        edit: applied to the C++, to see what a mistake does.
         launched: what the kernels that ran were compiled from.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pool: ThreadPoolExecutor) -> None:
         self.processors = 3
         self.capability = (9, 0)
         self.memory = 232448
         self.order = ASCENDING
-        self.edit: Callable[[str], str] = lambda text: text
         self.launched: list[compiler.Source] = []
-        self._folder = folder
-        self._pool = ThreadPoolExecutor(2)
+        self._folder, self._pool = folder, pool
         self._libraries: dict[str, Future[ctypes.CDLL]] = {}
         self._tensors: list[tuple[Tensor, int]] = []
 
     def begin(self, spec: compiler.Source, device: torch.device | None = None) -> Future[ctypes.CDLL]:
         major, minor = self.capability
-        text = f"#define __CUDA_ARCH__ {major}{minor}0\n" + self.edit(translate(spec))
+        text = f"#define __CUDA_ARCH__ {major}{minor}0\n" + translate(spec)
         if text not in self._libraries:
             self._libraries[text] = self._pool.submit(self._library, text)
         return self._libraries[text]
@@ -201,22 +200,27 @@ class _Array:
 
 @contextlib.contextmanager
 def emulated(folder: Path) -> Iterator[Emulation]:
-    """The functions of ``operator.cuda`` run in an emulation, on tensors of the CPU; libraries are kept in ``folder``."""
-    emulation = Emulation(folder)
+    """The functions of ``operator.cuda`` run in an emulation, on tensors of the CPU; ``folder`` keeps what is built."""
     caches = cuda._launches, cuda._expect_gradients, stem._plan
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("begin", "compile"):
-            patch.setattr(compiler, name, getattr(emulation, name))
-        patch.setattr(compiler, "DeviceArray", _Array)
-        patch.setattr(compiler, "limits", lambda _: (emulation.processors, emulation.memory))
-        patch.setattr(compiler, "capability", lambda _: emulation.capability)
-        patch.setattr(compiler, "config", lambda *shape: shape)
-        patch.setattr(compiler, "current", lambda _: contextlib.nullcontext())
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-            patch.setattr(owner, name, emulation.poisoned(getattr(owner, name)))
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, pytest.MonkeyPatch.context() as patch:
+            emulation = Emulation(folder, pool)
+            for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+                patch.setattr(owner, name, emulation.poisoned(getattr(owner, name)))
+            for name, stand_in in {
+                "begin": emulation.begin,
+                "compile": emulation.compile,
+                "limits": lambda _: (emulation.processors, emulation.memory),
+                "capability": lambda _: emulation.capability,
+                "config": lambda *shape: shape,
+                "current": lambda _: contextlib.nullcontext(),
+                "DeviceArray": _Array,
+            }.items():
+                patch.setattr(compiler, name, stand_in)
+            yield emulation
+            emulation.check_fences()
+    finally:
         for cache in caches:
             cache.cache_clear()
-        yield emulation
-        for cache in caches:
-            cache.cache_clear()
-        emulation.check_fences()
