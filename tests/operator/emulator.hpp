@@ -1,8 +1,9 @@
 // What the text of the CUDA kernels needs of CUDA, on one thread of a CPU.
 //
-// Every CUDA thread is a fiber. The warps of a block run one after the other, each as far as the next __syncthreads(); the
-// lanes of a warp run one after the other, each as far as the next instruction that all of them take part in. So threads are
-// as far apart as barriers allow, and what a missing barrier permits happens under one order or another of warps and lanes.
+// Every CUDA thread is a fiber. The warps of a block run one after the other, each as far as the next __syncthreads();
+// the lanes of a warp run one after the other, each as far as the next instruction that all of them take part in. So
+// threads are as far apart as barriers allow, and what a missing barrier permits happens under one order or another of
+// warps and lanes.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -68,15 +69,18 @@ static Fiber* current;
 static jmp_buf scheduler;
 static void (*body)();
 static const long long* arguments;  // of the kernel
-static const char* failure;  // of a fiber
+static const char* failure;         // of a fiber
 static int order;  // 0 ascending, 1 descending, else random from this seed
 static uint64_t random_state;
 alignas(128) static unsigned char shared[(228 << 10) + FENCE];
 static unsigned shared_bytes;
 
-static unsigned random_number() { return (random_state = random_state * 6364136223846793005 + 1442695040888963407) >> 33; }
+static unsigned random_number() {
+    random_state = random_state * 6364136223846793005 + 1442695040888963407;
+    return random_state >> 33;
+}
 
-// swapcontext would save the signal mask, a system call each time.
+// setjmp and longjmp go from stack to stack: swapcontext saves the signal mask too, a system call each time.
 static __attribute__((noinline)) void pause() {
     if (!_setjmp(current->place)) _longjmp(scheduler, 1);
 }
@@ -136,7 +140,8 @@ static void run_warp(unsigned first, unsigned last) {
         if (waiting != last - first) throw Failure{"some lanes of a warp wait for the others"};
         void* data[32];
         for (unsigned lane = first; lane < last; ++lane) {
-            if (fibers[lane]->act != fibers[first]->act) throw Failure{"lanes of a warp wait for each other"};
+            const bool same = fibers[lane]->act == fibers[first]->act;
+            if (!same) throw Failure{"lanes of a warp are at different instructions"};
             data[lane - first] = fibers[lane]->data;
             fibers[lane]->state = State::READY;
         }
@@ -153,7 +158,8 @@ static void run_block() {
         fibers[thread]->copies.assign(1, {});
     }
     for (unsigned alive = threads; alive;) {
-        for (unsigned warp : ordered(0, warps)) run_warp(32 * warp, 32 * warp + 32 < threads ? 32 * warp + 32 : threads);
+        for (unsigned warp : ordered(0, warps))
+            run_warp(32 * warp, 32 * warp + 32 < threads ? 32 * warp + 32 : threads);
         alive = 0;
         for (unsigned thread = 0; thread < threads; ++thread) {
             if (fibers[thread]->state == State::DONE) continue;
@@ -172,7 +178,7 @@ void call(void (*)(P...), std::index_sequence<I...>) {
 template <class... P>
 std::index_sequence_for<P...> numbered(void (*)(P...)) { return {}; }
 
-// What went wrong; null if nothing did. The shape is that of the grid, of a block, and the bytes of its shared memory.
+// What went wrong; null if nothing did. The shape: grid (x, y), threads, bytes of shared memory, order.
 template <auto kernel>
 const char* launch(const int* shape, const long long* arguments_) {
     gridDim = {(unsigned)shape[0], (unsigned)shape[1]};

@@ -91,12 +91,15 @@ def check(
         ((9, 37, 16, 17), 3, 7, 1, HALF, False),
         ((3, 7, 33, 70), 5, 31, 1, BF16, False),  # strips
         ((30, 9, 5, 1), 4, 1, 1, HALF, False),
+        ((9, 10, 16, 15), 1, 15, 1, BF16, False),  # lines split between blocks
         ((7, 10, 28, 27), 3, 31, 2, BF16, False),
         ((6, 8, 21, 40), 4, 7, 2, HALF, False),
         ((7, 64, 14, 13), 8, 31, 1, BF16, True),
         ((4, 12, 28, 31), 3, 7, 1, HALF, True),  # four channels at a time
         ((2, 40, 67, 20), 5, 31, 1, BF16, True),
         ((30, 32, 1, 5), 4, 1, 1, HALF, True),
+        ((7, 32, 30, 32), 2, 15, 1, HALF, True),  # lines split between blocks
+        ((9, 8, 28, 30), 1, 15, 1, BF16, True),  # images split between blocks
         ((7, 24, 27, 28), 3, 31, 2, BF16, True),
         ((6, 32, 21, 40), 4, 7, 2, HALF, True),
     ],
