@@ -649,7 +649,6 @@ struct Giver {
 """
 
 _PRODUCTS = r"""
-__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 #define LDSM(t, address, r0, r1, r2, r3) \
     asm volatile("ldmatrix.sync.aligned.m8n8.x4" t ".shared.b16 {%0,%1,%2,%3}, [%4];" \
         : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3) : "r"(address) : "memory")

@@ -141,6 +141,8 @@ __device__ __forceinline__ u32 to_bf16x2(float lo, float hi) {
 }
 __device__ __forceinline__ float from_half(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
 __device__ __forceinline__ u16 to_half(float f) { u16 v; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f)); return v; }
+// An address in shared memory, as instructions take it.
+__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // The bits lo..hi-1 of 32, for any integers.
 __device__ __forceinline__ u32 bits(int lo, int hi) {
     lo = max(lo, 0); hi = min(hi, 32);
@@ -204,7 +206,7 @@ _ASYNC = r"""
 // Start copying `bytes` (4, 8 or 16) to shared memory; it has arrived after the next `arrived()` of its group.
 template <int bytes> __device__ __forceinline__ void start_copy(T* to, const T* from) {
 #if __CUDA_ARCH__ >= 800
-    const u32 address = (u32)__cvta_generic_to_shared(to);
+    const u32 address = shared(to);
     if (bytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(address), "l"(from) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" :: "r"(address), "l"(from), "n"(bytes) : "memory");
 #else
@@ -699,7 +701,7 @@ def costs(spec: Spec) -> list[float]:
 _PLANES = r"""
 extern __shared__ __align__(16) float smem[];
 // Addresses are those of shared memory, in bytes. The plain road of 16 bits, and of old processors, counts from smem.
-__device__ __forceinline__ u32 start() { return sizeof(T) == 4 ? (u32)__cvta_generic_to_shared(smem) : 0u; }
+__device__ __forceinline__ u32 start() { return sizeof(T) == 4 ? shared(smem) : 0u; }
 __device__ __forceinline__ float& at(u32 address) { return *(float*)((char*)smem + (address - start())); }
 // Bring a number; it is there after `arrived()`.
 __device__ __forceinline__ void bring(u32 to, const T* from, bool there = true) {

@@ -232,7 +232,6 @@ __device__ __forceinline__ u32 word(u32 at) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
     return v;
 }
-__device__ __forceinline__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // The tile of the image whose first output is (y, x): four numbers a pixel, zeros outside.
 __device__ __forceinline__ void fill(uint2* frame, const T* image, i64 sc, i64 sh, i64 sw, int H, int W, int y, int x) {
