@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,6 +39,17 @@ def oriented_conv1d(
         if b is not None:
             out[:, channel] += b[channel].item()
     return torch.from_numpy(out)
+
+
+def inside_nan(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, device: str = "cpu") -> Tensor:
+    """Random images inside a field of NaN, channels_last or contiguous; the latter at an odd address."""
+    n, c, h, w = shape
+    field = torch.full(((n + 2) * c * h * w + 1,), math.nan, dtype=dtype, device=device)
+    if last:
+        view = field[:-1].view(n + 2, h, w, c)[1:-1].permute(0, 3, 1, 2)
+    else:
+        view = field[1:].view(n + 2, c, h, w)[1:-1]
+    return view.copy_(torch.randn(shape))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

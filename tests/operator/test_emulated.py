@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from oriented1d.operator.cuda import mma, stem
 from oriented1d.operator.layout import memory_format
 from oriented1d.operator.stem import _cpu_backward, _cpu_forward
 from tests.operator.emulator import ASCENDING, COMPILER, DESCENDING, Emulation, emulated
-from tests.operator.reference import relative_error
+from tests.operator.reference import inside_nan, relative_error
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -37,31 +37,24 @@ def emulation(folder: Path) -> Iterator[Emulation]:
         yield emulation
 
 
-def images(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool) -> Tensor:
-    """Random images inside a field of NaN; contiguous ones at an odd address."""
-    n, c, h, w = shape
-    field = torch.full(((n + 2) * c * h * w + 1,), math.nan, dtype=dtype)
-    if last:
-        view = field[:-1].view(n + 2, h, w, c)[1:-1].permute(0, 3, 1, 2)
-    else:
-        view = field[1:].view(n + 2, c, h, w)[1:-1]
-    return view.copy_(torch.randn(shape))
+class Case(NamedTuple):
+    """A layer and its images."""
+
+    shape: tuple[int, int, int, int]
+    directions: int
+    kernel_size: int
+    stride: int
+    dtype: torch.dtype
+    last: bool
 
 
-def check(
-    emulation: Emulation,
-    shape: tuple[int, int, int, int],
-    directions: int,
-    kernel_size: int,
-    stride: int,
-    dtype: torch.dtype,
-    last: bool,
-) -> None:
+def check(emulation: Emulation, case: Case) -> None:
     """Outputs and gradients of a layer, the same bits in any order of threads, and within rounding of float64."""
+    shape, directions, kernel_size, stride, dtype, last = case
     n, c, h, w = shape
     angles = geometry.layer_angles(c, directions, 0.02 if directions % 2 else 0.0)
     taps = geometry.layer_taps(geometry.directions(angles), kernel_size)
-    x, g = images(shape, dtype, last), images((n, c, -(-h // stride), -(-w // stride)), dtype, last)
+    x, g = inside_nan(shape, dtype, last), inside_nan((n, c, -(-h // stride), -(-w // stride)), dtype, last)
     weight, bias = torch.randn(c, kernel_size).to(dtype), torch.randn(c).to(dtype)
     cuda.expect_gradients(x, taps, stride)  # compiles what the gradients need beside the forward pass
 
@@ -85,67 +78,50 @@ def check(
 
 
 @pytest.mark.parametrize(
-    ("shape", "directions", "kernel_size", "stride", "dtype", "last"),
+    "case",
     [
-        ((12, 13, 7, 6), 8, 31, 1, BF16, False),
-        ((9, 37, 16, 17), 3, 7, 1, HALF, False),
-        ((3, 7, 33, 70), 5, 31, 1, BF16, False),  # strips
-        ((30, 9, 5, 1), 4, 1, 1, HALF, False),
-        ((9, 10, 16, 15), 1, 15, 1, BF16, False),  # lines split between blocks
-        ((7, 10, 28, 27), 3, 31, 2, BF16, False),
-        ((6, 8, 21, 40), 4, 7, 2, HALF, False),
-        ((7, 64, 14, 13), 8, 31, 1, BF16, True),
-        ((4, 12, 28, 31), 3, 7, 1, HALF, True),  # four channels at a time
-        ((2, 40, 67, 20), 5, 31, 1, BF16, True),
-        ((30, 32, 1, 5), 4, 1, 1, HALF, True),
-        ((7, 32, 30, 32), 2, 15, 1, HALF, True),  # lines split between blocks
-        ((9, 8, 28, 30), 1, 15, 1, BF16, True),  # images split between blocks
-        ((7, 24, 27, 28), 3, 31, 2, BF16, True),
-        ((6, 32, 21, 40), 4, 7, 2, HALF, True),
+        Case((12, 13, 7, 6), 8, 31, 1, BF16, False),
+        Case((9, 37, 16, 17), 3, 7, 1, HALF, False),
+        Case((3, 7, 33, 70), 5, 31, 1, BF16, False),  # strips
+        Case((30, 9, 5, 1), 4, 1, 1, HALF, False),
+        Case((9, 10, 16, 15), 1, 15, 1, BF16, False),  # lines split between blocks
+        Case((7, 10, 28, 27), 3, 31, 2, BF16, False),
+        Case((6, 8, 21, 40), 4, 7, 2, HALF, False),
+        Case((7, 64, 14, 13), 8, 31, 1, BF16, True),
+        Case((4, 12, 28, 31), 3, 7, 1, HALF, True),  # four channels at a time
+        Case((2, 40, 67, 20), 5, 31, 1, BF16, True),
+        Case((30, 32, 1, 5), 4, 1, 1, HALF, True),
+        Case((7, 32, 30, 32), 2, 15, 1, HALF, True),  # lines split between blocks
+        Case((9, 8, 28, 30), 1, 15, 1, BF16, True),  # images split between blocks
+        Case((7, 24, 27, 28), 3, 31, 2, BF16, True),
+        Case((6, 32, 21, 40), 4, 7, 2, HALF, True),
     ],
 )
-def test_on_tensor_cores(
-    emulation: Emulation,
-    shape: tuple[int, int, int, int],
-    directions: int,
-    kernel_size: int,
-    stride: int,
-    dtype: torch.dtype,
-    last: bool,
-) -> None:
-    check(emulation, shape, directions, kernel_size, stride, dtype, last)
+def test_on_tensor_cores(emulation: Emulation, case: Case) -> None:
+    check(emulation, case)
     kinds = {spec.kind for spec in emulation.launched if isinstance(spec, mma.Spec)}
-    assert kinds == ({"gather", "weight"} if stride == 1 else {"adjoint"})
+    assert kinds == ({"gather", "weight"} if case.stride == 1 else {"adjoint"})
 
 
 @pytest.mark.parametrize(
-    ("shape", "directions", "kernel_size", "stride", "dtype", "last", "capability"),
+    ("case", "capability"),
     [
-        ((7, 13, 7, 6), 8, 31, 1, FLOAT, False, (9, 0)),  # regions
-        ((3, 7, 60, 58), 3, 15, 1, FLOAT, False, (8, 0)),  # several of an image
-        ((5, 6, 28, 20), 4, 7, 2, FLOAT, False, (7, 5)),
-        ((5, 13, 14, 13), 3, 15, 1, HALF, False, (7, 5)),
-        ((5, 24, 14, 13), 3, 31, 1, FLOAT, True, (9, 0)),
-        ((3, 10, 30, 45), 4, 7, 1, FLOAT, True, (9, 0)),  # strips
-        ((3, 24, 19, 33), 3, 15, 2, FLOAT, True, (9, 0)),
-        ((3, 12, 20, 31), 3, 7, 1, BF16, True, (7, 5)),  # two channels a thread
-        ((3, 7, 20, 9), 3, 7, 3, HALF, True, (9, 0)),  # channels that no copy is aligned to
+        (Case((7, 13, 7, 6), 8, 31, 1, FLOAT, False), (9, 0)),  # regions
+        (Case((3, 7, 60, 58), 3, 15, 1, FLOAT, False), (8, 0)),  # several of an image
+        (Case((5, 6, 28, 20), 4, 7, 2, FLOAT, False), (7, 5)),
+        (Case((5, 13, 14, 13), 3, 15, 1, HALF, False), (7, 5)),
+        (Case((5, 24, 14, 13), 3, 31, 1, FLOAT, True), (9, 0)),
+        (Case((3, 10, 30, 45), 4, 7, 1, FLOAT, True), (9, 0)),  # strips
+        (Case((3, 24, 19, 33), 3, 15, 2, FLOAT, True), (9, 0)),
+        (Case((3, 12, 20, 31), 3, 7, 1, BF16, True), (7, 5)),  # two channels a thread
+        (Case((3, 7, 20, 9), 3, 7, 3, HALF, True), (9, 0)),  # channels that no copy is aligned to
     ],
 )
-def test_without_tensor_cores(
-    emulation: Emulation,
-    shape: tuple[int, int, int, int],
-    directions: int,
-    kernel_size: int,
-    stride: int,
-    dtype: torch.dtype,
-    last: bool,
-    capability: tuple[int, int],
-) -> None:
+def test_without_tensor_cores(emulation: Emulation, case: Case, capability: tuple[int, int]) -> None:
     emulation.capability, emulation.processors = capability, 1  # a block has several images, one after the other
     if capability == (7, 5):
         emulation.memory = 65536
-    check(emulation, shape, directions, kernel_size, stride, dtype, last)
+    check(emulation, case)
     assert not any(isinstance(spec, mma.Spec) for spec in emulation.launched)
 
 
@@ -168,7 +144,7 @@ def test_stem(
 ) -> None:
     n, height, width = size
     taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(channels, channels // 8, 0.02)), kernel_size)
-    image = images((n, image_channels, height, width + 3), dtype, False)[..., 2:-1]
+    image = inside_nan((n, image_channels, height, width + 3), dtype, False)[..., 2:-1]
     shapes = (channels, image_channels), (channels,), (channels, kernel_size), *[(channels,)] * 3
     projection, offset, weight, bias, *norm = (torch.randn(shape) for shape in shapes)
     how = EPS, taps, stride

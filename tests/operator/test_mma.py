@@ -1,7 +1,6 @@
 """The tensor core kernels: their matrices and their compilation anywhere, their results where there is a GPU."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from oriented1d import geometry, oriented_conv1d, use_backend
 from oriented1d.operator.cuda import mma
 from oriented1d.operator.layout import memory_format
-from tests.operator.reference import relative_error
+from tests.operator.reference import inside_nan, relative_error
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 ANGLES = tuple(geometry.layer_angles(8).tolist())
@@ -190,15 +189,7 @@ def test_every_size(
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     batches = [(3, 64), (1, 128), (5, 96), (2, 200)] if last else [(3, 64), (1, 13), (5, 75), (2, 150)]
     for (height, width), (images, channels) in zip(SIZES, itertools.cycle(batches), strict=False):
-        odd = 0 if last else 1
-        field = torch.full(((images + 2) * channels * height * width + odd,), math.nan, device="cuda", dtype=dtype)[
-            odd:
-        ]
-        if last:
-            x = field.view(images + 2, height, width, channels)[1:-1].permute(0, 3, 1, 2)
-        else:
-            x = field.view(images + 2, channels, height, width)[1:-1]
-        x.copy_(torch.randn(x.shape))
+        x = inside_nan((images, channels, height, width), dtype, last, "cuda")
         w, b = (torch.randn(s, device="cuda").to(dtype) for s in ((channels, kernel_size), (channels,)))
         results = []
         for backend, wide in (("cuda", dtype), ("portable", torch.float64)):

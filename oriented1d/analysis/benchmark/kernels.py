@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import re
 from typing import Any
 
@@ -163,38 +162,15 @@ def run(options: argparse.Namespace) -> list[dict[str, object]]:
     """
     if options.device.type != "cuda":
         raise UserError(f"--device: expected a GPU, got {options.device}: kernels are a GPU's")
-    rows = []
-    for model, mode in itertools.product(options.models, options.mode):
-        case = Case(
-            model,
-            mode,
-            options.batch_size,
-            options.size,
-            options.dtype,
-            options.layout,
-            options.compile,
-            str(options.device),
-            options.warmup,
-            options.runs,
-        )
-        rows += rows_of(case, network.isolated(measure, case))
-    return rows
+    return [row for case in network.cases(options) for row in rows_of(case, network.isolated(measure, case))]
 
 
 def rows_of(case: Case, result: KernelMeasurement | str) -> list[dict[str, object]]:
     """Lines of the table and the CSV file; ``result`` is a measurement, or what went wrong."""
-    common = {
-        "model": case.model,
-        "mode": case.mode,
-        "batch": case.batch,
-        "size": case.size,
-        "dtype": case.dtype,
-        "layout": case.layout,
-        "compile": case.compile,
-    }
-    columns = ("kind", "kernels", "ms", "floor_ms", "gb_per_s", "tflop_per_s", "error")
+    common = network.columns(case)
     if isinstance(result, str):
-        return [common | dict.fromkeys(columns, "") | {"error": result}]
+        empty = dict.fromkeys(("kind", "kernels", "ms", "floor_ms", "gb_per_s", "tflop_per_s"), "")
+        return [common | empty | {"error": result}]
     floor = floors(networks.create(case.model), case, result.device)
     rows: dict[str, tuple[int, float, float | None]] = {
         kind: (*result.kernels[kind], floor[kind]) for kind in KINDS if result.kernels[kind][0]

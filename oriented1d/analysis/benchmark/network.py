@@ -13,7 +13,7 @@ import itertools
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
@@ -208,8 +208,8 @@ def speed(batch: int, result: Measurement | str) -> dict[str, object]:
     }
 
 
-def row_of(case: Case, result: Measurement | str) -> dict[str, object]:
-    """A line of the table and the CSV file; ``result`` is a measurement, or what went wrong."""
+def columns(case: Case) -> dict[str, object]:
+    """Columns that say what was measured."""
     return {
         "model": case.model,
         "mode": case.mode,
@@ -218,6 +218,13 @@ def row_of(case: Case, result: Measurement | str) -> dict[str, object]:
         "dtype": case.dtype,
         "layout": case.layout,
         "compile": case.compile,
+    }
+
+
+def row_of(case: Case, result: Measurement | str) -> dict[str, object]:
+    """A line of the table and the CSV file; ``result`` is a measurement, or what went wrong."""
+    return {
+        **columns(case),
         "warmup": case.warmup,
         "runs": case.runs,
         **speed(case.batch, result),
@@ -225,11 +232,10 @@ def row_of(case: Case, result: Measurement | str) -> dict[str, object]:
     }
 
 
-def run(options: argparse.Namespace) -> list[dict[str, object]]:
-    """One row for each network and mode, in the order given."""
-    rows = []
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """One for each network and mode, in the order given."""
     for model, mode in itertools.product(options.models, options.mode):
-        case = Case(
+        yield Case(
             model,
             mode,
             options.batch_size,
@@ -241,7 +247,13 @@ def run(options: argparse.Namespace) -> list[dict[str, object]]:
             options.warmup,
             options.runs,
         )
+
+
+def run(options: argparse.Namespace) -> list[dict[str, object]]:
+    """One row for each network and mode, in the order given."""
+    rows = []
+    for case in cases(options):
         row = row_of(case, isolated(measure, case))
-        print(f"{model} {mode}: {row['error'] or str(row['img_per_s_p50']) + ' images/s'}", flush=True)
+        print(f"{case.model} {case.mode}: {row['error'] or str(row['img_per_s_p50']) + ' images/s'}", flush=True)
         rows.append(row)
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,8 +76,8 @@ def _expect_gradients(
     with compiler.current(device):
         for kind, in_shape, out_shape in gradients:
             for angles in _angles(taps):
-                spec, _ = _choose(kind, in_shape, out_shape, dtype, last, 16, device, taps, stride, angles)
-                compiler.begin(spec, device)
+                problem = _Problem(kind, in_shape, out_shape, dtype, last, 16, device, taps, stride)
+                compiler.begin(_choose(problem, angles)[0], device)
 
 
 def grad_input(
@@ -264,47 +265,67 @@ def _table(
     return [row for part in by_program for row in part + [(0, 0, 0)] * (per_program - len(part))], per_program
 
 
-def _mma_spec(
-    kind: str,
-    in_shape: torch.Size,
-    out_shape: torch.Size,
-    dtype: torch.dtype,
-    last: bool,
-    alignment: int,
-    device: torch.device,
-    taps: LayerTaps,
-    stride: int,
-    angles: tuple[float, ...],
-) -> mma.Spec | None:
+class _Problem(NamedTuple):
+    """What a launch is for.
+
+    Attributes:
+        kind: ``"gather"``, ``"adjoint"`` or ``"weight"``.
+        in_shape, out_shape: of the images read and written; of a weight gradient, of images and gradients.
+        last: they are channels_last.
+        alignment: bytes, see :func:`_alignment`.
+    """
+
+    kind: str
+    in_shape: torch.Size
+    out_shape: torch.Size
+    dtype: torch.dtype
+    last: bool
+    alignment: int
+    device: torch.device
+    taps: LayerTaps
+    stride: int
+
+    @property
+    def phases(self) -> int:
+        """Programs of an angle."""
+        return self.stride**2 if self.kind == "adjoint" else 1
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """Height and width of the outputs of one program."""
+        ho, wo = self.out_shape[2:]
+        return (-(-ho // self.stride), -(-wo // self.stride)) if self.kind == "adjoint" else (ho, wo)
+
+
+def _mma_spec(problem: _Problem, angles: tuple[float, ...]) -> mma.Spec | None:
     """The kernel for a layer on tensor cores; None where there is none for it."""
+    kind, in_shape, _, dtype, last, alignment, device, taps, stride = problem
     if compiler.capability(device) < (8, 0):
         return None
     n, _, hi, wi = in_shape
-    phases, oh, ow = _phases(kind, out_shape, stride)
-    if n * (max(hi, wi, oh, ow) + taps.kernel_size) >= 2**29:
+    outputs = problem.outputs
+    if n * (max(hi, wi, *outputs) + taps.kernel_size) >= 2**29:
         return None
     vector = 1
     if last:
-        table, _ = _table(taps, angles, phases, mma.WARPS, 4)
+        table, _ = _table(taps, angles, problem.phases, mma.WARPS, 4)
         vector = _granule(taps, table, dtype.itemsize, alignment) // 2
     _, memory = compiler.limits(device)
-    spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), (oh, ow), memory, last)
+    spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), outputs, memory, last)
     if spec is None or last:
         return spec
-    table, _ = _table(taps, angles, phases, spec.channels, vector)
+    table, _ = _table(taps, angles, problem.phases, spec.channels, vector)
     return dataclasses.replace(spec, full=all(count in (0, spec.channels) for _, _, count in table))
 
 
-def _mma_launch(
-    spec: mma.Spec, in_shape: torch.Size, out_shape: torch.Size, device: torch.device, taps: LayerTaps
-) -> _Launch:
-    n, c, hi, wi = in_shape
-    ho, wo = out_shape[2:]
-    phases, oh, ow = _phases(spec.kind, out_shape, spec.stride)
+def _mma_launch(spec: mma.Spec, problem: _Problem) -> _Launch:
+    n, c, hi, wi = problem.in_shape
+    ho, wo = problem.out_shape[2:]
+    device = problem.device
     processors, _ = compiler.limits(device)
-    table, _ = _table(taps, spec.angles, phases, spec.channels, spec.vector)
+    table, _ = _table(problem.taps, spec.angles, problem.phases, spec.channels, spec.vector)
     groups = [row for row in table if row[2]]
-    shares = mma.share(spec, groups, n, (hi, wi), (oh, ow), 2 * c * max(hi * wi, ho * wo), processors)
+    shares = mma.share(spec, groups, n, (hi, wi), problem.outputs, 2 * c * max(hi * wi, ho * wo), processors)
     splits = max(row[4] for row in shares.rows)
     table_there = compiler.DeviceArray(np.array(shares.rows, dtype=np.int32), device)
     launch = _Launch(
@@ -382,34 +403,17 @@ def _angles(taps: LayerTaps) -> list[tuple[float, ...]]:
     return [tuple(distinct[i : i + _ANGLES_PER_KERNEL]) for i in range(0, len(distinct), _ANGLES_PER_KERNEL)]
 
 
-def _phases(kind: str, out_shape: torch.Size, stride: int) -> tuple[int, int, int]:
-    """Programs of an angle, and height and width of the outputs of one."""
-    ho, wo = out_shape[2:]
-    return (stride**2, -(-ho // stride), -(-wo // stride)) if kind == "adjoint" else (1, ho, wo)
-
-
-def _choose(
-    kind: str,
-    in_shape: torch.Size,
-    out_shape: torch.Size,
-    dtype: torch.dtype,
-    last: bool,
-    alignment: int,
-    device: torch.device,
-    taps: LayerTaps,
-    stride: int,
-    angles: tuple[float, ...],
-) -> tuple[Spec | mma.Spec, int]:
+def _choose(problem: _Problem, angles: tuple[float, ...]) -> tuple[Spec | mma.Spec, int]:
     """The kernel for the channels of ``angles``, and the bytes of shared memory of a block."""
+    kind, in_shape, _, dtype, last, alignment, device, taps, stride = problem
     if dtype.itemsize == 2:
-        spec = _mma_spec(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride, angles)
+        spec = _mma_spec(problem, angles)
         if spec is not None:
             return spec, spec.shared_bytes
-    _, oh, ow = _phases(kind, out_shape, stride)
     _, memory = compiler.limits(device)
     even = alignment % (2 * dtype.itemsize) == 0 and all(run.start % 2 == run.stop % 2 == 0 for run in taps.runs)
     widest = max(run.stop - run.start for run in taps.runs)
-    sizes = max(oh, ow), max(in_shape[2:])
+    sizes = max(problem.outputs), max(in_shape[2:])
     return _spec(kind, last, dtype, taps.kernel_size, stride, angles, even, widest, *sizes, memory)
 
 
@@ -427,13 +431,14 @@ def _launches(
 ) -> tuple[_Launch, ...]:
     n, c, hi, wi = in_shape
     ho, wo = out_shape[2:]
-    phases, oh, ow = _phases(kind, out_shape, stride)
+    problem = _Problem(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride)
+    phases, (oh, ow) = problem.phases, problem.outputs
     processors, _ = compiler.limits(device)
     result = []
     for angles in _angles(taps):
-        spec, shared = _choose(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride, angles)
+        spec, shared = _choose(problem, angles)
         if isinstance(spec, mma.Spec):
-            result.append(_mma_launch(spec, in_shape, out_shape, device, taps))
+            result.append(_mma_launch(spec, problem))
             continue
         programs = source.programs(spec)
         if spec.block.region:
