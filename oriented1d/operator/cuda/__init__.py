@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oriented1d.geometry import LayerTaps
+from oriented1d.geometry import DirectionTaps, LayerTaps
 from oriented1d.operator.cuda import compiler, mma, source
 from oriented1d.operator.cuda.source import Spec
 from oriented1d.operator.layout import channels_last as is_channels_last
@@ -177,7 +178,7 @@ class _Launch:
         self.code.launch("reduce", self._reduce_config, *pointers, *self._reduce_constants)
 
 
-def _granule(taps: LayerTaps, table: list[tuple[int, int, int]], itemsize: int, pointers: int) -> int:
+def _granule(taps: LayerTaps, table: Iterable[tuple[int, int, int]], itemsize: int, pointers: int) -> int:
     """The largest copy, in bytes, that every address and every run of channels is a multiple of; 0 for none."""
     bits = taps.channels * itemsize | pointers
     for _, start, count in table:
@@ -245,24 +246,33 @@ def _resident(spec: Spec, memory: int) -> tuple[Spec, int]:
     return dataclasses.replace(spec, block=dataclasses.replace(spec.block, resident=resident)), shared
 
 
-def _table(
-    taps: LayerTaps, angles: tuple[float, ...], phases: int, most: int, vector: int
-) -> tuple[list[tuple[int, int, int]], int]:
-    """Rows of program, first channel and number of channels, ``most`` at most; and how many rows each program has."""
-    by_program: list[list[tuple[int, int, int]]] = [[] for _ in range(len(angles) * phases)]
+def _cuts(run: DirectionTaps, most: int, vector: int, sector: int) -> list[tuple[int, int]]:
+    """First channel and number of channels of the blocks of an angle: ``most`` at most, multiples of ``vector``.
+
+    All have about as many; but blocks of a ``sector``, the channels of the 32 bytes that memory is read in, keep to it
+    where that makes no more of them: 24 channels are 16 and 8.
+    """
+    units = -(-(run.stop - run.start) // vector)
+    parts = -(-units // (most // vector))
+    edges = [run.start + units * i // parts * vector for i in range(parts)] + [run.stop]
+    whole = [run.start, *range((run.start // most + 1) * most, run.stop, most), run.stop]
+    if most == sector and len(whole) <= len(edges):
+        edges = whole
+    return [(start, stop - start) for start, stop in itertools.pairwise(edges)]
+
+
+def _rows(
+    taps: LayerTaps, angles: tuple[float, ...], most: Sequence[int], vector: int, sector: int
+) -> list[list[tuple[int, int, int]]]:
+    """For each program ``(program, first channel, number of channels)`` of its blocks, ``most[program]`` at most."""
+    rows: list[list[tuple[int, int, int]]] = [[] for _ in most]
+    phases = len(most) // len(angles)
     for run in taps.runs:
-        if run.angle not in angles:
-            continue
-        channels = run.stop - run.start
-        each = -(-channels // -(-channels // most))
-        each = -(-each // vector) * vector
-        for start in range(run.start, run.stop, each):
-            count = min(each, run.stop - start)
-            for program in range(angles.index(run.angle) * phases, (angles.index(run.angle) + 1) * phases):
-                by_program[program].append((program, start, count))
-    # As many rows for every program; rows without channels have nothing to do.
-    per_program = max(map(len, by_program))
-    return [row for part in by_program for row in part + [(0, 0, 0)] * (per_program - len(part))], per_program
+        if run.angle in angles:
+            first = angles.index(run.angle) * phases
+            for program in range(first, first + phases):
+                rows[program] += [(program, *cut) for cut in _cuts(run, most[program], vector, sector)]
+    return rows
 
 
 class _Problem(NamedTuple):
@@ -284,6 +294,11 @@ class _Problem(NamedTuple):
     device: torch.device
     taps: LayerTaps
     stride: int
+
+    @property
+    def sector(self) -> int:
+        """Channels of a pixel in 32 bytes, the least that is read from memory; 0 where channels lie apart."""
+        return 32 // self.dtype.itemsize if self.last else 0
 
     @property
     def phases(self) -> int:
@@ -308,14 +323,14 @@ def _mma_spec(problem: _Problem, angles: tuple[float, ...]) -> mma.Spec | None:
         return None
     vector = 1
     if last:
-        table, _ = _table(taps, angles, problem.phases, mma.WARPS, 4)
+        table = itertools.chain(*_rows(taps, angles, (mma.WARPS,) * len(angles), 4, problem.sector))
         vector = _granule(taps, table, dtype.itemsize, alignment) // 2
     _, memory = compiler.limits(device)
     spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), outputs, memory, last)
     if spec is None or last:
         return spec
-    table, _ = _table(taps, angles, problem.phases, spec.channels, vector)
-    return dataclasses.replace(spec, full=all(count in (0, spec.channels) for _, _, count in table))
+    table = itertools.chain(*_rows(taps, angles, (spec.channels,) * len(angles), vector, problem.sector))
+    return dataclasses.replace(spec, full=all(count == spec.channels for _, _, count in table))
 
 
 def _mma_launch(spec: mma.Spec, problem: _Problem) -> _Launch:
@@ -323,8 +338,8 @@ def _mma_launch(spec: mma.Spec, problem: _Problem) -> _Launch:
     ho, wo = problem.out_shape[2:]
     device = problem.device
     processors, _ = compiler.limits(device)
-    table, _ = _table(problem.taps, spec.angles, problem.phases, spec.channels, spec.vector)
-    groups = [row for row in table if row[2]]
+    most = (spec.channels,) * (len(spec.angles) * problem.phases)
+    groups = list(itertools.chain(*_rows(problem.taps, spec.angles, most, spec.vector, problem.sector)))
     shares = mma.share(spec, groups, n, (hi, wi), problem.outputs, 2 * c * max(hi * wi, ho * wo), processors)
     splits = max(row[4] for row in shares.rows)
     table_there = compiler.DeviceArray(np.array(shares.rows, dtype=np.int32), device)
@@ -342,14 +357,6 @@ def _mma_launch(spec: mma.Spec, problem: _Problem) -> _Launch:
     )
     launch.code.reserve("run", spec.shared_bytes, device)
     return launch
-
-
-def _shares(start: int, stop: int, most: int, vector: int) -> list[tuple[int, int]]:
-    """Channels shared out evenly to blocks of ``most`` at most, in multiples of ``vector``."""
-    units = (stop - start) // vector
-    parts = -(-units // (most // vector))
-    edges = [start + units * i // parts * vector for i in range(parts + 1)]
-    return list(itertools.pairwise(edges))
 
 
 def _work(
@@ -432,7 +439,7 @@ def _launches(
     n, c, hi, wi = in_shape
     ho, wo = out_shape[2:]
     problem = _Problem(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride)
-    phases, (oh, ow) = problem.phases, problem.outputs
+    oh, ow = problem.outputs
     processors, _ = compiler.limits(device)
     result = []
     for angles in _angles(taps):
@@ -445,13 +452,7 @@ def _launches(
             most, threads, _ = source.planar_layout(spec)
         else:
             most = (spec.block.channels,) * len(programs)
-        rows: list[list[tuple[int, int, int]]] = [[] for _ in programs]
-        for run in taps.runs:
-            if run.angle not in angles:
-                continue
-            for program in range(angles.index(run.angle) * phases, (angles.index(run.angle) + 1) * phases):
-                for start, stop in _shares(run.start, run.stop, most[program], spec.vector):
-                    rows[program].append((program, start, stop - start))
+        rows = _rows(taps, angles, most, spec.vector, problem.sector)
         table = list(itertools.chain(*rows))
         slots, team = 0, 1
         copies: compiler.DeviceArray | int = 0
