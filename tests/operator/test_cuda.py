@@ -122,6 +122,29 @@ def test_a_frame_holds_every_pixel_that_a_tile_reads(kernel_size: int, height: i
         np.testing.assert_allclose(outputs[at], expected, rtol=0, atol=1e-12 * kernel_size)
 
 
+@pytest.mark.parametrize(
+    ("channels", "most", "vector", "sector", "expected"),
+    [
+        (192, 16, 4, 16, [(0, 16), (16, 8), (24, 8), (32, 16)]),
+        (192, 16, 4, 0, [(0, 12), (12, 12), (24, 12), (36, 12)]),
+        (96, 16, 4, 16, [(0, 12), (12, 12)]),
+        (96, 8, 1, 8, [(0, 8), (8, 4), (12, 4), (16, 8)]),
+        (384, 16, 8, 16, [(0, 16), (16, 16), (32, 16), (48, 16), (64, 16), (80, 16)]),
+        (136, 16, 1, 0, [(0, 8), (8, 9), (17, 8), (25, 9)]),
+        (136, 16, 4, 0, [(0, 8), (8, 9), (17, 8), (25, 9)]),  # not a multiple: the last has the rest
+        (40, 7, 1, 0, [(0, 5), (5, 5)]),
+    ],
+)
+def test_blocks_of_channels(
+    channels: int, most: int, vector: int, sector: int, expected: list[tuple[int, int]]
+) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+
+    runs = geometry.layer_taps(geometry.directions(geometry.layer_angles(channels)), 7).runs[:2]
+    assert [cut for run in runs for cut in cuda._cuts(run, most, vector, sector)] == expected
+
+
 @pytest.mark.parametrize(("slots", "team"), [(0, 1), (1, 1), (7, 1), (500, 1), (9, 2), (500, 3)])
 def test_every_image_is_the_work_of_one_block(slots: int, team: int) -> None:
     pytest.importorskip("cuda.core")

@@ -80,16 +80,16 @@ def check(emulation: Emulation, case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case((12, 13, 7, 6), 8, 31, 1, BF16, False),
+        Case((12, 13, 17, 6), 8, 31, 1, BF16, False),
         Case((9, 37, 16, 17), 3, 7, 1, HALF, False),
         Case((3, 7, 33, 70), 5, 31, 1, BF16, False),  # strips
-        Case((30, 9, 5, 1), 4, 1, 1, HALF, False),
+        Case((30, 9, 20, 1), 4, 1, 1, HALF, False),
         Case((9, 10, 16, 15), 1, 15, 1, BF16, False),  # lines split between blocks
         Case((7, 10, 28, 27), 3, 31, 2, BF16, False),
         Case((6, 8, 21, 40), 4, 7, 2, HALF, False),
         Case((7, 64, 14, 13), 8, 31, 1, BF16, True),
         Case((4, 12, 28, 31), 3, 7, 1, HALF, True),  # four channels at a time
-        Case((2, 40, 67, 20), 5, 31, 1, BF16, True),
+        Case((2, 48, 67, 20), 3, 31, 1, BF16, True),
         Case((30, 32, 1, 5), 4, 1, 1, HALF, True),
         Case((7, 32, 30, 32), 2, 15, 1, HALF, True),  # lines split between blocks
         Case((9, 8, 28, 30), 1, 15, 1, BF16, True),  # images split between blocks

@@ -89,7 +89,7 @@ def test_blocks_share_all_the_work(kind: str, images: int, channels: int, size: 
     assert shares.by_image == by_image
 
 
-@pytest.mark.parametrize("size", [7, 28, 56, 100])
+@pytest.mark.parametrize("size", [16, 28, 64, 100])
 @pytest.mark.parametrize("kind", ["gather", "weight"])
 def test_blocks_share_all_the_work_of_planes(kind: str, size: int) -> None:
     """Contiguous images have no sectors that channels share: any channels of an angle, lines split between blocks."""
@@ -104,8 +104,24 @@ def test_blocks_share_all_the_work_of_planes(kind: str, size: int) -> None:
         assert sorted(splits) == [(split, len(splits)) for split in range(len(splits))]
 
 
+@pytest.mark.parametrize(
+    ("kind", "kernel_size", "taken"),
+    [
+        ("gather", 31, {7: False, 14: False, 15: True, 32: True, 33: False, 56: False, 57: True, 200: True}),
+        ("weight", 31, {7: False, 14: False, 15: True, 56: True, 200: True}),
+        ("weight", 7, {7: True, 14: True, 56: True}),
+        ("adjoint", 31, {7: True, 56: True}),
+    ],
+)
+def test_contiguous_images_that_tensor_cores_take(kind: str, kernel_size: int, taken: dict[int, bool]) -> None:
+    for size, expected in taken.items():
+        shape, stride = (size, 3), 2 if kind == "adjoint" else 1
+        spec = mma.choose(kind, "bf16", 1, kernel_size, stride, ANGLES, shape, shape, 232448, last=False)
+        assert (spec is not None) == expected, size
+
+
 @pytest.mark.parametrize("kind", ["gather", "weight"])
-@pytest.mark.parametrize("size", [14, 28, 56, 100])
+@pytest.mark.parametrize("size", [16, 28, 64, 100])
 @pytest.mark.parametrize("kernel_size", [7, 31])
 @pytest.mark.parametrize("memory", [101376, 166912, 232448])
 def test_warps_of_a_channel_share_its_groups_of_lines(kind: str, size: int, kernel_size: int, memory: int) -> None:
@@ -128,7 +144,7 @@ def test_kernels_compile_without_a_gpu(
 
     monkeypatch.setenv("ORIENTED1D_CACHE", str(tmp_path))
     memory = {"sm_80": 166912, "sm_90": 232448}[architecture]
-    for vector, dtype, size in ((8, "bf16", 56), (4, "half", 14), (1, "half", 56), (1, "bf16", 14)):
+    for vector, dtype, size in ((8, "bf16", 56), (4, "half", 14), (1, "half", 64), (1, "bf16", 16)):
         shape, last = (size, size), vector > 1
         spec = mma.choose(kind, dtype, vector, 15, stride, ANGLES[:3], shape, shape, memory, last)
         assert spec is not None
@@ -146,9 +162,8 @@ def test_other_kernels_are_left_to_the_other_module() -> None:
     assert choose(kind="adjoint", stride=2) is not None
     assert choose(stride=2) is None
     assert choose(kind="weight", stride=2) is None
-    assert choose(vector=4, size=65) is None
     assert choose(vector=1) is None
-    assert choose(vector=1, last=False) is not None
+    assert choose(vector=1, size=32, last=False) is not None
     assert choose(vector=1, size=65, last=False) is not None
     assert choose(stride=2, last=False) is None
     assert choose(kind="weight", kernel_size=63) is None
@@ -156,6 +171,25 @@ def test_other_kernels_are_left_to_the_other_module() -> None:
     small = choose(size=14, memory=120_000)
     assert small is not None
     assert small.shared_bytes <= 120_000
+
+
+def test_large_images_whose_blocks_would_share_sectors_are_left_to_the_other_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+
+    monkeypatch.setattr(cuda.compiler, "limits", lambda device: (132, 232448))
+    monkeypatch.setattr(cuda.compiler, "capability", lambda device: (9, 0))
+
+    def chosen(channels: int, size: int) -> bool:
+        taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(channels)), 31)
+        shape = torch.Size((2, channels, size, size))
+        problem = cuda._Problem("gather", shape, shape, torch.bfloat16, True, 16, torch.device("cuda", 0), taps, 1)
+        return isinstance(cuda._choose(problem, cuda._angles(taps)[0])[0], mma.Spec)
+
+    assert [chosen(channels, 56) for channels in (64, 96, 192, 384)] == [True] * 4
+    assert [chosen(channels, 65) for channels in (64, 96, 192, 384)] == [False, False, False, True]
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

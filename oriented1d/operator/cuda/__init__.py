@@ -323,14 +323,16 @@ def _mma_spec(problem: _Problem, angles: tuple[float, ...]) -> mma.Spec | None:
         return None
     vector = 1
     if last:
-        table = itertools.chain(*_rows(taps, angles, (mma.WARPS,) * len(angles), 4, problem.sector))
+        table = list(itertools.chain(*_rows(taps, angles, (mma.WARPS,) * len(angles), 4, problem.sector)))
+        if max(outputs) > 64 and any((start | count) % problem.sector for _, start, count in table):
+            return None  # sectors of large images that blocks share are read and written more than once
         vector = _granule(taps, table, dtype.itemsize, alignment) // 2
     _, memory = compiler.limits(device)
     spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), outputs, memory, last)
     if spec is None or last:
         return spec
-    table = itertools.chain(*_rows(taps, angles, (spec.channels,) * len(angles), vector, problem.sector))
-    return dataclasses.replace(spec, full=all(count == spec.channels for _, _, count in table))
+    rows = itertools.chain(*_rows(taps, angles, (spec.channels,) * len(angles), vector, problem.sector))
+    return dataclasses.replace(spec, full=all(count == spec.channels for _, _, count in rows))
 
 
 def _mma_launch(spec: mma.Spec, problem: _Problem) -> _Launch:

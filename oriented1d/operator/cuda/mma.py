@@ -323,11 +323,16 @@ def choose(
     """The kernel for images of these sizes (of one program's outputs); None where another one is better.
 
     That is so for strides (other than in grad-input, whose phases have none), for kernels whose matrices need more
-    registers or ``memory`` than there are, and for large channels_last images whose groups of channels share 32-byte
-    sectors. ``vector`` matters in channels_last only.
+    registers or ``memory`` than there are, for few channels at a time, and for contiguous images of the sizes that
+    ``source.py`` does best. ``vector`` matters in channels_last only.
     """
     longest = max(outputs)
-    if (stride > 1 and kind != "adjoint") or (last and (vector < 4 or (vector < 8 and longest > 64))):
+    if (stride > 1 and kind != "adjoint") or (last and vector < 4):
+        return None
+    if not last and (
+        (kind == "gather" and (longest <= 14 or 32 < longest <= 56))
+        or (kind == "weight" and longest <= 14 and kernel_size > 15)
+    ):
         return None
     tiles = 1 if longest <= 16 else 2 if longest <= 32 else 4
     # Contiguous: with more lines a step, more pixels of an image's row arrive together.
