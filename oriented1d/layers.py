@@ -118,6 +118,9 @@ class OrientedConv1d(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrientedConv1d:
         # The angles outlive what happens to parameters: bfloat16 would round them, to_empty() would lose them.
         super()._apply(fn, recurse)
+        # The other format of a weight is the same memory, but DDP copies gradients whose strides are not the weight's.
+        if self.weight.stride() != (self.kernel_size, self.kernel_size, self.kernel_size, 1):
+            self.weight.data = self.weight.data.view(-1).view(self.weight.shape)
         if not self.theta.is_meta:
             self.theta = self._angles.per_channel().to(self.theta.device)
             self._seen_version = self.theta._version

@@ -135,6 +135,12 @@ def test_data_parallel_broadcasts_angles(tmp_path) -> None:
         assert ranks[0][name].abs().sum() > 0
 
 
+def test_weights_have_the_strides_of_their_gradients_in_both_formats() -> None:
+    layer = OrientedConv1d(16, 7).to(memory_format=torch.channels_last)
+    layer(torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)).sum().backward()
+    assert layer.weight.stride() == layer.weight.grad.stride() == (7, 7, 7, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

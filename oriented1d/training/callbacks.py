@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -417,15 +418,28 @@ class ChannelsLast(Callback):
             pl_module.to(memory_format=torch.channels_last)
 
 
-class FixedAngles(Callback):
-    """Keeps DDP from sending the angles of oriented layers, which never change, to all processes before each step: a
-    layer whose angles were written reads them back, and the host waits for the device."""
+class LeanDDP(Callback):
+    """Keeps DDP from two things that make the host wait.
+
+    It would send the angles of oriented layers, which never change, to all processes before each step, and a layer
+    whose angles were written reads them back. And Lightning lets it sum up gradients in a side stream, for captured
+    steps, so that each of them waits for the stream of the backward pass.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         layers = (name for name, module in pl_module.named_modules() if isinstance(module, OrientedConv1d))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             pl_module, [f"{name}.theta" for name in layers]
         )
+        strategy = trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+
+            def wrapped(model: nn.Module) -> DistributedDataParallel:
+                return DistributedDataParallel(
+                    model, device_ids=strategy.determine_ddp_device_ids(), **strategy._ddp_kwargs
+                )
+
+            strategy._setup_model = wrapped  # type: ignore[method-assign]
 
 
 class KernelFigure(Callback):

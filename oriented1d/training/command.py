@@ -27,8 +27,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from oriented1d.training.callbacks import (
     BestCheckpoint,
     ChannelsLast,
-    FixedAngles,
     LastCheckpoint,
+    LeanDDP,
     Progress,
     RandomStates,
     StopAtBadLoss,
@@ -65,7 +65,7 @@ class Command(LightningCLI):
             trainer_defaults={
                 "default_root_dir": "runs",
                 "enable_model_summary": False,
-                "callbacks": [ChannelsLast(), FixedAngles(), Summary(), Progress(), RandomStates()],
+                "callbacks": [ChannelsLast(), LeanDDP(), Summary(), Progress(), RandomStates()],
             },
             seed_everything_default=0,
             # An ArgumentError instead of three lines of usage and the end of the process; no guessing of options.

@@ -42,7 +42,10 @@ def test_compiled_training_gives_the_same_checkpoint(tmp_path: Path, monkeypatch
     compiled = []
     original = nn.Module.compile
 
-    def by_eager(module: nn.Module) -> None:  # the graph is captured; Inductor would take half a minute
+    def by_eager(
+        module: nn.Module, mode: str | None
+    ) -> None:  # the graph is captured; Inductor would take half a minute
+        assert mode is None
         compiled.append(module)
         original(module, backend="eager")
 
@@ -68,6 +71,16 @@ def test_random_images_are_for_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     options += ["--model.num_classes=5", f"--ckpt_path={checkpoint}", "--trainer.precision=32-true"]
     assert main(["validate", "--config=configs/classification/speed.yaml", *options]) == 1
     assert "data: random images are for oriented1d fit alone" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_training_with_cuda_graphs_gives_the_same_checkpoint(accumulated: int, tmp_path: Path) -> None:
+    options = ["--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.accumulate_grad_batches={accumulated}"]
+    plain = run(tmp_path / "plain", *options, "--model.compile=false")
+    fast = run(tmp_path / "graphs", *options, "--model.compile=reduce-overhead")
+    for name, value in plain["state_dict"].items():
+        torch.testing.assert_close(fast["state_dict"][name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.gpu
