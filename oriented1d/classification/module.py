@@ -175,7 +175,10 @@ class ImageClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.lr, self.weight_decay, layer_decay=self.layer_decay)
-        optimizer = create_optimizer_v2(groups, self.optimizer, lr=self.lr, weight_decay=self.weight_decay)
+        options: dict[str, Any] = {}
+        if self.optimizer == "adamw" and self.device.type == "cuda" and self.trainer.precision != "16-mixed":
+            options["fused"] = True  # a few launches; with float16's loss scaling Lightning could not clip gradients
+        optimizer = create_optimizer_v2(groups, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, **options)
         self.trainer.fit_loop.setup_data()  # otherwise the batches of an epoch are unknown when max_steps ends the run
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
