@@ -419,11 +419,12 @@ class ChannelsLast(Callback):
 
 
 class LeanDDP(Callback):
-    """Keeps DDP from two things that make the host wait.
+    """Keeps DDP from three things that cost the host time.
 
     It would send the angles of oriented layers, which never change, to all processes before each step, and a layer
-    whose angles were written reads them back. And Lightning lets it sum up gradients in a side stream, for captured
-    steps, so that each of them waits for the stream of the backward pass.
+    whose angles were written reads them back. It would copy each gradient back from where they are averaged together.
+    And Lightning lets it sum up gradients in a side stream, for captured steps, so that each of them waits for the
+    stream of the backward pass.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -435,9 +436,8 @@ class LeanDDP(Callback):
         if isinstance(strategy, DDPStrategy):
 
             def wrapped(model: nn.Module) -> DistributedDataParallel:
-                return DistributedDataParallel(
-                    model, device_ids=strategy.determine_ddp_device_ids(), **strategy._ddp_kwargs
-                )
+                options = {"gradient_as_bucket_view": True} | strategy._ddp_kwargs
+                return DistributedDataParallel(model, device_ids=strategy.determine_ddp_device_ids(), **options)
 
             strategy._setup_model = wrapped  # type: ignore[method-assign]
 
