@@ -160,6 +160,12 @@ class ImageClassifier(L.LightningModule):
                     )
                 self.ema = _average(self.model, self.ema_decay)
             self.class_names = data.class_names
+            accumulated = self.trainer.accumulate_grad_batches
+            if self.compiled in ("reduce-overhead", "max-autotune") and accumulated > 1:
+                raise UserError(
+                    "trainer.accumulate_grad_batches: expected 1 with the CUDA graphs of --model.compile "
+                    f"{self.compiled}, got {accumulated}"
+                )
             if self.compiled:
                 # Else the network is compiled in the parts that DDP averages together, to average during the backward
                 # pass: that costs the host more than it saves.
@@ -175,9 +181,9 @@ class ImageClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.lr, self.weight_decay, layer_decay=self.layer_decay)
-        options: dict[str, Any] = {}
-        if self.optimizer == "adamw" and self.device.type == "cuda" and self.trainer.precision != "16-mixed":
-            options["fused"] = True  # a few launches; with float16's loss scaling Lightning could not clip gradients
+        # A few launches instead of dozens. Lightning cannot clip what such an optimizer scales.
+        plain = self.trainer.gradient_clip_val or self.trainer.precision == "16-mixed" or self.device.type != "cuda"
+        options: dict[str, Any] = {} if plain or self.optimizer != "adamw" else {"fused": True}
         optimizer = create_optimizer_v2(groups, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, **options)
         self.trainer.fit_loop.setup_data()  # otherwise the batches of an epoch are unknown when max_steps ends the run
         total_steps = self.trainer.estimated_stepping_batches
@@ -195,7 +201,6 @@ class ImageClassifier(L.LightningModule):
             images, labels = self.mix(images, labels)
         loss = self.loss(self.model(images), labels)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

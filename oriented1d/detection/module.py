@@ -133,7 +133,6 @@ class ObjectDetector(L.LightningModule):
         number = len(batch["sizes"])
         self.log("train/loss", total, prog_bar=True, batch_size=number)
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=number)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return total
 
     def detect(self, batch: dict[str, Any]) -> list[Detections]:

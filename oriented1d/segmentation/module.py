@@ -143,7 +143,6 @@ class SemanticSegmenter(L.LightningModule):
         self.log("train/loss", decode + auxiliary, prog_bar=True)
         self.log("train/loss_decode", decode)
         self.log("train/loss_auxiliary", auxiliary)
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return decode + auxiliary
 
     def labels(self, images: list[Tensor], size: tuple[int, int]) -> Tensor:

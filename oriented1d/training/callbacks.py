@@ -70,6 +70,11 @@ def _exit_code(trainer: L.Trainer, code: int) -> int:
     return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else code
 
 
+def learning_rate(trainer: L.Trainer) -> float:
+    """The highest of all groups."""
+    return max(group["lr"] for group in trainer.optimizers[0].param_groups)
+
+
 def read_later(trainer: L.Trainer, value: Tensor, op: dist.ReduceOp.RedOpType) -> Callable[[], float]:
     """Start to reduce a number over all processes and to copy it to the host.
 
@@ -242,7 +247,7 @@ class RandomStates(Callback):
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar with images/s and the time left of the whole run, and one line for each epoch.
+    """Lightning's bar with images/s and the time left of the whole run, one line for each epoch, and the learning rate.
 
     The bar shows in terminals only; the lines go into log files as well. The data module tells the images of a batch
     with ``batch_size``.
@@ -270,6 +275,11 @@ class Progress(TQDMProgressBar):
         self._epoch_start = time.monotonic()
         self._batches = 0
         self._images_per_second = math.nan
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        super().on_train_batch_start(trainer, pl_module, *args)
+        # A number would be copied to the device, and the host would wait until that has done all before.
+        pl_module.log("train/lr", torch.tensor(learning_rate(trainer)))
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         self._batches += 1
@@ -349,7 +359,7 @@ class StopAtBadLoss(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # At the end of the batch these are already those of the next step.
-        self._step = (trainer.global_step, trainer.current_epoch, self._rate(trainer))
+        self._step = (trainer.global_step, trainer.current_epoch, learning_rate(trainer))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self.skip:
@@ -388,10 +398,6 @@ class StopAtBadLoss(Callback):
         # A sum is not finite where one of its parts is not.
         self._pending = (*self._step, read_later(trainer, loss.clone(), dist.ReduceOp.SUM))
 
-    @staticmethod
-    def _rate(trainer: L.Trainer) -> float:
-        return max(group["lr"] for group in trainer.optimizers[0].param_groups)
-
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
@@ -400,7 +406,7 @@ class StopAtBadLoss(Callback):
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/") and "loss" in name and not math.isfinite(float(value)):
                 where = f"step {trainer.global_step} (epoch {trainer.current_epoch})"
-                self._stop(trainer, f"{name} is {float(value)} at {where}, learning rate {self._rate(trainer):.3g}")
+                self._stop(trainer, f"{name} is {float(value)} at {where}, learning rate {learning_rate(trainer):.3g}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._check(trainer)

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from oriented1d.cli import main
 from oriented1d.training.callbacks import ChannelsLast
@@ -73,14 +74,20 @@ def test_random_images_are_for_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "data: random images are for oriented1d fit alone" in capsys.readouterr().err
 
 
+def test_cuda_graphs_are_not_for_accumulated_gradients(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(AssertionError):
+        run(tmp_path, "--model.compile=reduce-overhead", "--trainer.accumulate_grad_batches=2")
+    error = "trainer.accumulate_grad_batches: expected 1 with the CUDA graphs of --model.compile reduce-overhead, got 2"
+    assert error in capsys.readouterr().err
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_training_with_cuda_graphs_gives_the_same_checkpoint(accumulated: int, tmp_path: Path) -> None:
-    options = ["--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.accumulate_grad_batches={accumulated}"]
+def test_training_with_cuda_graphs_gives_the_same_checkpoint(tmp_path: Path) -> None:
+    options = ["--trainer.accelerator=gpu", "--trainer.devices=1"]
     plain = run(tmp_path / "plain", *options, "--model.compile=false")
     fast = run(tmp_path / "graphs", *options, "--model.compile=reduce-overhead")
-    for name, value in plain["state_dict"].items():
-        torch.testing.assert_close(fast["state_dict"][name], value, rtol=1e-3, atol=1e-5)
+    for name, value in plain["state_dict"].items():  # steps are about 4e-3
+        torch.testing.assert_close(fast["state_dict"][name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -103,6 +110,6 @@ def test_weights_are_channels_last_on_a_gpu() -> None:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     model = Net()
-    trainer.fit(model, [torch.randn(2, 8, 16, 16)])
+    trainer.fit(model, DataLoader(torch.randn(2, 8, 16, 16), batch_size=2))
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert model.followed

@@ -48,7 +48,8 @@ class Recorder(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         values = torch.cat([value.double().flatten() for value in pl_module.state_dict().values()])
         of_each = trainer.strategy.all_gather(values).reshape(trainer.world_size, -1)
-        written = trainer.strategy.all_gather(torch.tensor(self._versions(pl_module.model) - self.versions)).flatten()
+        written = torch.tensor(self._versions(pl_module.model) - self.versions, device=pl_module.device)
+        written = trainer.strategy.all_gather(written).flatten()
         if trainer.is_global_zero:
             parts = {"gradients": self.gradients, "state": pl_module.state_dict(), "of_each": of_each}
             parts["angles_written"] = [int(number) for number in written]
