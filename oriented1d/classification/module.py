@@ -200,7 +200,7 @@ class ImageClassifier(L.LightningModule):
         if self.mix is not None:
             images, labels = self.mix(images, labels)
         loss = self.loss(self.model(images), labels)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

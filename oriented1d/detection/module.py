@@ -131,7 +131,7 @@ class ObjectDetector(L.LightningModule):
         losses = self.model.losses(batch["images"], batch["sizes"], truths)
         total = torch.stack(list(losses.values())).sum()
         number = len(batch["sizes"])
-        self.log("train/loss", total, prog_bar=True, batch_size=number)
+        self.log("train/loss", total, batch_size=number)
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=number)
         return total
 

@@ -140,7 +140,7 @@ class SemanticSegmenter(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         decode, auxiliary = self.model.losses(*batch, self.auxiliary_weight)
-        self.log("train/loss", decode + auxiliary, prog_bar=True)
+        self.log("train/loss", decode + auxiliary)
         self.log("train/loss_decode", decode)
         self.log("train/loss_auxiliary", auxiliary)
         return decode + auxiliary

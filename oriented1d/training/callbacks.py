@@ -297,8 +297,15 @@ class Progress(TQDMProgressBar):
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if trainer.training and trainer.state.fn == "fit":
+            metrics |= {name: f"{loss:.4g}" for name, loss in self._loss(trainer).items()}
             metrics |= {"images/s": f"{self._images_per_second:.0f}", "left": self._time_left(trainer)}
         return metrics
+
+    @staticmethod
+    def _loss(trainer: L.Trainer) -> dict[str, float]:
+        # Not logged for the bar: Lightning would read it from the device after each step, and the host wait for it.
+        loss = trainer.callback_metrics.get("train/loss")
+        return {} if loss is None else {"train/loss": float(loss)}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -307,7 +314,8 @@ class Progress(TQDMProgressBar):
         pl_module.log("train/images_per_second", self._images_per_second, rank_zero_only=True)
         if not trainer.is_global_zero:
             return
-        metrics = "  ".join(f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items())
+        values = self._loss(trainer) | trainer.progress_bar_metrics
+        metrics = "  ".join(f"{name} {float(value):.4g}" for name, value in values.items())
         of = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         if trainer.max_epochs == -1:  # the run is measured in steps
             of = f"step {trainer.global_step}/{trainer.max_steps}"

@@ -10,10 +10,11 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from oriented1d.cli import main
-from oriented1d.training.callbacks import ChannelsLast
+from oriented1d.training.callbacks import ChannelsLast, Summary
 
 NETWORK = '{"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16], "stem_dim": 8}'
 
@@ -53,7 +54,7 @@ def test_compiled_training_gives_the_same_checkpoint(tmp_path: Path, monkeypatch
     monkeypatch.setattr(nn.Module, "compile", by_eager)
     plain = run(tmp_path / "plain", "--model.compile=false")
     assert not compiled
-    fast = run(tmp_path / "compiled")
+    fast = run(tmp_path / "compiled", "--model.compile=true")
     assert [type(module).__name__ for module in compiled] == ["ConvNeXt"]
     assert fast["global_step"] == plain["global_step"] == 6
     assert list(fast["state_dict"]) == list(plain["state_dict"])
@@ -63,6 +64,31 @@ def test_compiled_training_gives_the_same_checkpoint(tmp_path: Path, monkeypatch
         rows = list(csv.DictReader(file))
     assert all(float(row["train/images_per_second"]) > 0 for row in rows if row["train/images_per_second"])
     assert any(row["train/images_per_second"] for row in rows)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads out of tensors."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_the_loss_of_the_step_before_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything else would make the host wait for a GPU."""
+    reads = Reads()
+    read: list[int] = []
+
+    def start(self: Summary, trainer: L.Trainer, *args: Any) -> None:
+        read.append(reads.number)
+
+    monkeypatch.setattr(Summary, "on_train_batch_start", start)
+    with reads:
+        run(tmp_path, "--model.compile=false", "--model.optimizer=sgd", "--trainer.log_every_n_steps=1000")
+    assert len(read) == 6
+    assert read[2] - read[1] == read[5] - read[4] == 1
 
 
 def test_random_images_are_for_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
