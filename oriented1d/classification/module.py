@@ -53,8 +53,8 @@ class ImageClassifier(L.LightningModule):
         mix_switch_prob: probability of cutmix where both are on.
         ema_decay: decay of the moving average, updated once an optimizer step; None is off.
         compile: compile the network with ``torch.compile`` for ``fit``: faster steps on a GPU, after up to a minute at
-            the start; with the name of a mode, with CUDA graphs too, for when the host cannot keep up. Weights and
-            checkpoints are the same.
+            the start. ``reduce-overhead`` and ``max-autotune`` record CUDA graphs, for when the host cannot keep up.
+            Weights and checkpoints are the same.
         predictions: CSV file that ``oriented1d predict`` writes.
 
     Raises:
@@ -80,7 +80,7 @@ class ImageClassifier(L.LightningModule):
         cutmix: float = 1.0,
         mix_switch_prob: float = 0.5,
         ema_decay: float | None = 0.9999,
-        compile: bool | Literal["reduce-overhead", "max-autotune"] = False,
+        compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False,
         predictions: str = "predictions.csv",
     ) -> None:
         super().__init__()

@@ -301,6 +301,7 @@ def test_a_killed_command_goes_on_to_the_same_bits(tmp_path, capsys) -> None:
 @pytest.fixture
 def stopped(tmp_path, monkeypatch) -> list[str]:
     """A command whose partial file is there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
     monkeypatch.setattr(erf, "SAVE_SECONDS", 0.0)
     data = image_folder(tmp_path / "data", number=8)
     arguments = command("--images", 6, "--data", data, "--output", tmp_path / "erf.npz")

@@ -182,14 +182,16 @@ def test_large_images_whose_blocks_would_share_sectors_are_left_to_the_other_mod
     monkeypatch.setattr(cuda.compiler, "limits", lambda device: (132, 232448))
     monkeypatch.setattr(cuda.compiler, "capability", lambda device: (9, 0))
 
-    def chosen(channels: int, size: int) -> bool:
+    def chosen(channels: int, size: int, kind: str = "gather") -> bool:
         taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(channels)), 31)
-        shape = torch.Size((2, channels, size, size))
-        problem = cuda._Problem("gather", shape, shape, torch.bfloat16, True, 16, torch.device("cuda", 0), taps, 1)
+        stride = 2 if kind == "adjoint" else 1
+        small, large = (torch.Size((2, channels, side, side)) for side in (size, stride * size))
+        problem = cuda._Problem(kind, small, large, torch.bfloat16, True, 16, torch.device("cuda", 0), taps, stride)
         return isinstance(cuda._choose(problem, cuda._angles(taps)[0])[0], mma.Spec)
 
     assert [chosen(channels, 56) for channels in (64, 96, 192, 384)] == [True] * 4
     assert [chosen(channels, 65) for channels in (64, 96, 192, 384)] == [False, False, False, True]
+    assert [chosen(channels, 65, "adjoint") for channels in (64, 96, 192, 384)] == [True, False, True, True]
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

@@ -324,9 +324,11 @@ def _mma_spec(problem: _Problem, angles: tuple[float, ...]) -> mma.Spec | None:
     vector = 1
     if last:
         table = list(itertools.chain(*_rows(taps, angles, (mma.WARPS,) * len(angles), 4, problem.sector)))
-        if max(outputs) > 64 and any((start | count) % problem.sector for _, start, count in table):
-            return None  # sectors of large images that blocks share are read and written more than once
         vector = _granule(taps, table, dtype.itemsize, alignment) // 2
+        # Sectors of large images that blocks share are read and written more than once.
+        shared = vector < 8 if kind == "adjoint" else any((start | count) % problem.sector for _, start, count in table)
+        if max(outputs) > 64 and shared:
+            return None
     _, memory = compiler.limits(device)
     spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), outputs, memory, last)
     if spec is None or last:
