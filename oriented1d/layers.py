@@ -135,3 +135,14 @@ class OrientedConv1d(nn.Module):
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"directions={len(set(self._angles.angles))}, bias={self.bias is not None}, residual={self.residual}"
         )
+
+
+def angle_buffers(module: nn.Module) -> list[str]:
+    """Names of the angles of all oriented layers of a module.
+
+    They never change, so :class:`torch.nn.parallel.DistributedDataParallel` need not send them to all processes before
+    each step, after which each layer would read them back. It leaves out what its module lists as
+    ``_ddp_params_and_buffers_to_ignore``.
+    """
+    named = module.named_modules()
+    return [f"{name}.theta".removeprefix(".") for name, layer in named if isinstance(layer, OrientedConv1d)]

@@ -32,7 +32,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from oriented1d.layers import OrientedConv1d
+from oriented1d.layers import OrientedConv1d, angle_buffers
 from oriented1d.operator import stem
 
 __all__ = ["DENSE_KERNEL_SIZES", "KERNEL_SIZES", "SIZES", "ConvNeXt", "ConvNeXtFeatures"]
@@ -313,6 +313,7 @@ class ConvNeXt(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.apply(_init_weights)
+        self._ddp_params_and_buffers_to_ignore = angle_buffers(self)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, beside those of one dimension (layer scales, norms, biases): none."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from oriented1d.layers import OrientedConv1d
+from oriented1d.layers import OrientedConv1d, angle_buffers
 from oriented1d.training.errors import UserError
 from oriented1d.training.sharding import FullySharded
 
@@ -442,10 +442,7 @@ class LeanDDP(Callback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        layers = (name for name, module in pl_module.named_modules() if isinstance(module, OrientedConv1d))
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            pl_module, [f"{name}.theta" for name in layers]
-        )
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, angle_buffers(pl_module))
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy):
 

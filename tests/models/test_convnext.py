@@ -12,6 +12,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from oriented1d import OrientedConv1d
@@ -545,3 +546,18 @@ def test_autocast_keeps_the_result_within_bfloat16() -> None:
         low = model(x)
     assert low.dtype == torch.bfloat16
     assert relative_error(low.float(), model(x)) < 0.05
+
+
+def test_ddp_does_not_write_the_angles(tmp_path) -> None:
+    model = small("1d")
+    theta = [layer.theta for layer in model.modules() if isinstance(layer, OrientedConv1d)]
+    versions = [t._version for t in theta]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(model)
+        for _ in range(2):
+            parallel(torch.randn(1, 3, 32, 32)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(theta) > 4
+    assert [t._version for t in theta] == versions
