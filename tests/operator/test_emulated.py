@@ -113,6 +113,8 @@ def test_on_tensor_cores(emulation: Emulation, case: Case) -> None:
         (Case((5, 24, 14, 13), 3, 31, 1, FLOAT, True), (9, 0)),
         (Case((3, 10, 30, 45), 4, 7, 1, FLOAT, True), (9, 0)),  # strips
         (Case((3, 24, 19, 33), 3, 15, 2, FLOAT, True), (9, 0)),
+        (Case((2, 24, 20, 33), 2, 15, 1, FLOAT, True), (9, 0)),  # 12 channels an angle: 8 and 4, by sectors
+        (Case((2, 48, 67, 20), 2, 7, 1, BF16, True), (9, 0)),  # 24: 16 and 8, large images with shared sectors
         (Case((3, 12, 20, 31), 3, 7, 1, BF16, True), (7, 5)),  # two channels a thread
         (Case((3, 7, 20, 9), 3, 7, 3, HALF, True), (9, 0)),  # channels that no copy is aligned to
     ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,8 +76,8 @@ def _expect_gradients(
     gradients = ("gather" if stride == 1 else "adjoint", output, shape), ("weight", shape, output)
     with compiler.current(device):
         for kind, in_shape, out_shape in gradients:
+            problem = _Problem(kind, in_shape, out_shape, dtype, last, 16, device, taps, stride)
             for angles in _angles(taps):
-                problem = _Problem(kind, in_shape, out_shape, dtype, last, 16, device, taps, stride)
                 compiler.begin(_choose(problem, angles)[0], device)
 
 
@@ -178,7 +178,7 @@ class _Launch:
         self.code.launch("reduce", self._reduce_config, *pointers, *self._reduce_constants)
 
 
-def _granule(taps: LayerTaps, table: Iterable[tuple[int, int, int]], itemsize: int, pointers: int) -> int:
+def _granule(taps: LayerTaps, table: list[tuple[int, int, int]], itemsize: int, pointers: int) -> int:
     """The largest copy, in bytes, that every address and every run of channels is a multiple of; 0 for none."""
     bits = taps.channels * itemsize | pointers
     for _, start, count in table:
