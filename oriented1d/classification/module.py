@@ -21,7 +21,7 @@ from oriented1d.classification.data import in_one_only
 from oriented1d.classification.predictions import PredictionWriter
 from oriented1d.models import load_checkpoint  # importing the networks makes them known to timm
 from oriented1d.training.errors import UserError, blamed_on
-from oriented1d.training.optimizer import parameter_groups
+from oriented1d.training.optimizer import adamw_options, parameter_groups
 from oriented1d.training.schedule import warmup_cosine_scheduler
 from oriented1d.training.sharding import FullySharded, shard
 
@@ -181,9 +181,7 @@ class ImageClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.model, self.lr, self.weight_decay, layer_decay=self.layer_decay)
-        # A few launches instead of dozens. Lightning cannot clip what such an optimizer scales.
-        plain = self.trainer.gradient_clip_val or self.trainer.precision == "16-mixed" or self.device.type != "cuda"
-        options: dict[str, Any] = {} if plain or self.optimizer != "adamw" else {"fused": True}
+        options = adamw_options(self.trainer) if self.optimizer == "adamw" else {}
         optimizer = create_optimizer_v2(groups, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, **options)
         self.trainer.fit_loop.setup_data()  # otherwise the batches of an epoch are unknown when max_steps ends the run
         total_steps = self.trainer.estimated_stepping_batches

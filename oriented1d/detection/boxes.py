@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -33,35 +34,42 @@ def _base_anchors_on(device: torch.device, stride: int) -> Tensor:
 
 def grid_anchors(size: Sequence[int], stride: int, device: torch.device) -> Tensor:
     """``(H * W * A, 4)`` anchors of a feature map of ``size``: by row, then by column, then by ratio; not rounded."""
-    ys, xs = (torch.arange(side, device=device) * stride for side in size)
-    shifts = torch.stack([xs.repeat(len(ys)), ys.repeat_interleave(len(xs))], dim=1).repeat(1, 2)
-    return (shifts[:, None] + _base_anchors_on(device, stride)).flatten(0, 1)
+    ys, xs = (torch.arange(0, side * stride, stride, device=device) for side in size)
+    shifts = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1).reshape(-1, 1, 1, 2)
+    return (shifts + _base_anchors_on(device, stride).unflatten(1, (2, 2))).reshape(-1, 4)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """``(...)``, square pixels, of ``(..., 4)``."""
+    low, high = boxes.split(2, dim=-1)
+    return _product(high - low)
+
+
+def _product(sides: Tensor) -> Tensor:
+    width, height = sides.unbind(-1)
+    return width * height
 
 
 def overlaps(first: Tensor, second: Tensor) -> Tensor:
-    """``(M, N)`` intersection over union of ``(M, 4)`` and ``(N, 4)``."""
-    areas = [(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) for boxes in (first, second)]
-    corner = torch.max(first[:, None, :2], second[None, :, :2])
-    sides = (torch.min(first[:, None, 2:], second[None, :, 2:]) - corner).clamp(min=0)
-    shared = sides[..., 0] * sides[..., 1]
-    return shared / (areas[0][:, None] + areas[1] - shared).clamp(min=1e-6)
+    """``(..., M, N)`` intersection over union of ``(..., M, 4)`` and ``(..., N, 4)``."""
+    first, second = first[..., :, None, :], second[..., None, :, :]
+    (low, high), (other_low, other_high) = (boxes.split(2, dim=-1) for boxes in (first, second))
+    shared = _product((torch.min(high, other_high) - torch.max(low, other_low)).clamp(min=0))
+    return shared / (area(first) + area(second) - shared).clamp(min=1e-6)
 
 
 def giou(first: Tensor, second: Tensor) -> Tensor:
     """``(N,)`` generalised intersection over union of pairs of boxes ``(N, 4)``."""
-    areas = [(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) for boxes in (first, second)]
-    inner = (torch.min(first[:, 2:], second[:, 2:]) - torch.max(first[:, :2], second[:, :2])).clamp(min=0)
-    outer = (torch.max(first[:, 2:], second[:, 2:]) - torch.min(first[:, :2], second[:, :2])).clamp(min=0)
-    shared, hull = inner.prod(1), outer.prod(1).clamp(min=1e-6)
-    union = (areas[0] + areas[1] - shared).clamp(min=1e-6)
+    (low, high), (other_low, other_high) = (boxes.split(2, dim=-1) for boxes in (first, second))
+    shared = _product((torch.min(high, other_high) - torch.max(low, other_low)).clamp(min=0))
+    hull = _product((torch.max(high, other_high) - torch.min(low, other_low)).clamp(min=0)).clamp(min=1e-6)
+    union = (_product(high - low) + area(second) - shared).clamp(min=1e-6)
     return shared / union - (hull - union) / hull
 
 
-def clip(boxes: Tensor, size: Size) -> Tensor:
-    """Boxes moved into an image of ``size``."""
-    height, width = size
-    xs, ys = boxes[..., 0::2].clamp(min=0, max=width), boxes[..., 1::2].clamp(min=0, max=height)
-    return torch.stack([xs, ys], dim=-1).flatten(-2)
+def clip(boxes: Tensor, sides: Tensor) -> Tensor:
+    """Boxes moved into their images, whose width and height are ``sides`` ``(..., 2)``."""
+    return boxes.clamp(min=0).unflatten(-1, (2, 2)).minimum(sides[..., None, :]).flatten(-2)
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float] = (1.0, 1.0)) -> Tensor:
@@ -69,16 +77,18 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, float] = (1.0, 1.0
 
     ``stds`` are the units of the former and the latter.
     """
-    centres, sides = ([(b[..., 2:] + b[..., :2]) / 2, b[..., 2:] - b[..., :2]] for b in (boxes, targets))
-    (centre, side), (target_centre, target_side) = centres, sides
-    return torch.cat([(target_centre - centre) / side / stds[0], (target_side / side).log() / stds[1]], dim=-1)
+    (low, high), (target_low, target_high) = (b.split(2, dim=-1) for b in (boxes, targets))
+    side, target_side = high - low, target_high - target_low
+    shift = ((target_high + target_low) / 2 - (high + low) / 2) / side / stds[0]
+    return torch.cat([shift, (target_side / side).log() / stds[1]], dim=-1)
 
 
 def decode(boxes: Tensor, steps: Tensor, stds: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Where ``steps`` ``(..., 4)`` lead from ``boxes``; sides change at most by a factor of 1000 / 16. Not clipped."""
-    centre, side = (boxes[..., 2:] + boxes[..., :2]) / 2, boxes[..., 2:] - boxes[..., :2]
-    centre = centre + side * (steps[..., :2] * stds[0])
-    half = side * (steps[..., 2:] * stds[1]).clamp(-_LARGEST_STEP, _LARGEST_STEP).exp() / 2
+    (low, high), (shift, growth) = (x.split(2, dim=-1) for x in (boxes, steps))
+    side = high - low
+    centre = (high + low) / 2 + side * (shift * stds[0])
+    half = side * (growth * stds[1]).clamp(-_LARGEST_STEP, _LARGEST_STEP).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -97,51 +107,55 @@ class Matcher:
     negative: float
     lowest: float | None = None
 
-    def __call__(self, boxes: Tensor, truths: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """Match without waiting for the device.
+    def __call__(self, boxes: Tensor, truths: Tensor, exist: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """Match the boxes of each set with its ground truths, without waiting for the device.
 
         Args:
-            boxes: ``(N, 4)``.
-            truths: ``(G, 4)``.
-            allowed: ``(N,)`` bool; the others are neither.
+            boxes: ``(..., A, 4)``.
+            truths: ``(..., G, 4)``, of the same sets; G is at least 1.
+            exist: ``(..., G)`` bool; the other truths are padding.
+            allowed: ``(..., A)`` bool; the other boxes are neither.
 
         Returns:
-            ``(N,)`` int64: index of the ground truth, -1 for background, -2 for neither.
+            ``(..., A)`` int64: index of the ground truth, -1 for background, -2 for neither.
         """
-        if not len(truths) or not len(boxes):
-            matches = torch.full((len(boxes),), -1, device=boxes.device)
-        else:
-            table = overlaps(truths, boxes)
-            if allowed is not None:
-                table = table.where(allowed, -1.0)
-            most, which = table.max(dim=0)
-            matches = torch.where(most < self.negative, -1, -2)
-            matches = torch.where(most >= self.positive, which, matches)
-            if self.lowest is not None:
-                best = table.max(dim=1, keepdim=True).values
-                indices = torch.arange(len(truths), device=boxes.device)[:, None]
-                own = torch.where((table == best) & (best >= self.lowest), indices, -1).max(dim=0).values
-                matches = torch.where(own >= 0, own, matches)
-        return matches if allowed is None else matches.where(allowed, -2)
+        valid = exist[..., None] if allowed is None else exist[..., None] & allowed[..., None, :]
+        table = overlaps(truths, boxes).masked_fill_(~valid, -1)
+        most, which = table.max(dim=-2)
+        matches = which.where(most >= self.positive, (most < self.negative).long() - 2)
+        if self.lowest is not None:
+            best = table.amax(dim=-1, keepdim=True)
+            # From 1, so that 0 is none. Nothing overlaps by 2.
+            places = torch.arange(1, truths.shape[-2] + 1, dtype=torch.int32, device=boxes.device)[:, None]
+            own = ((table == best.masked_fill(best < self.lowest, 2)) * places).amax(dim=-2).long()
+            matches = matches.where(own == 0, own - 1)
+        return matches if allowed is None else matches.masked_fill(~allowed, -2)
 
 
-def sample(matches: Sequence[Tensor], number: int, positive_part: float) -> list[tuple[Tensor, Tensor]]:
-    """Indices of positives and negatives of each image among its ``matches``, at most ``number``, at random.
+def sample(
+    matches: Tensor, image: Tensor, images: int, number: int, positive_part: float
+) -> tuple[Tensor, list[int], list[int]]:
+    """Positives and negatives of all images, at most ``number`` of each image, at random.
 
-    At most ``positive_part`` of them are positives; negatives fill up. Both are sorted. The device is waited for once.
+    At most ``positive_part`` of them are positives; negatives fill up. The device is waited for once.
+
+    Args:
+        matches: of all images, as :class:`Matcher` gives them.
+        image: int64, which image each belongs to; of the shape of ``matches``, or broadcastable to it.
+        images: how many there are.
+        number: of an image.
+        positive_part: of ``number``.
+
+    Returns:
+        ``(S,)`` int64 indices of the flat ``matches``: the positives of one image after the other, then the negatives
+        likewise; and the numbers of positives and of negatives of each image.
     """
-    most = int(number * positive_part)
-    chosen, counts = [], []
-    for match in matches:
-        # The largest of random numbers; what does not take part has a negative one.
-        chance = torch.rand(len(match), device=match.device)
-        for part, limit in ((match >= 0, most), (match == -1, number)):
-            chosen.append(torch.where(part, chance, -1.0).topk(min(limit, len(match))).indices)
-            counts.append(part.sum())
-    numbers = torch.stack(counts).tolist() if counts else []
-    result = []
-    for i in range(0, len(chosen), 2):
-        positives = min(numbers[i], most)
-        negatives = min(numbers[i + 1], number - positives)
-        result.append((chosen[i][:positives].sort().values, chosen[i + 1][:negatives].sort().values))
-    return result
+    # Sorted by group, at random within it: positives of each image, negatives of each image, and what is neither.
+    group = (image + images * (matches < 0)).masked_fill(matches < -1, 2 * images).flatten()
+    key, order = (group * 2**32 + torch.randint(2**32, group.shape, device=group.device)).sort()
+    starts = torch.searchsorted(key, torch.arange(0, (2 * images + 1) * 2**32, 2**32, device=key.device)).tolist()
+    counts = [end - start for start, end in itertools.pairwise(starts)]
+    positives = [min(count, int(number * positive_part)) for count in counts[:images]]
+    negatives = [min(count, number - taken) for count, taken in zip(counts[images:], positives, strict=True)]
+    parts = [(taken, count - taken) for taken, count in zip(positives + negatives, counts, strict=True)]
+    return torch.cat(order[: starts[-1]].split(list(itertools.chain(*parts)))[::2]), positives, negatives

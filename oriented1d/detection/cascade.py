@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, nms, roi_align
 
-from oriented1d.detection.boxes import Matcher, Size, clip, decode, encode, giou, grid_anchors, sample
+from oriented1d.detection.boxes import Matcher, Size, area, clip, decode, encode, giou, grid_anchors, sample
 from oriented1d.models.features import create_backbone
 
 STRIDES = (4, 8, 16, 32)
@@ -27,6 +27,7 @@ STAGE_WEIGHTS = (1.0, 0.5, 0.25)
 STAGE_OVERLAPS = (0.5, 0.6, 0.7)
 STAGE_STDS = ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))  # of the centre, of the sides
 MASK_SIZE = 28
+LARGEST_TABLE = 2**24  # overlaps of ground truths with anchors at once: some hundred MB
 
 
 @dataclasses.dataclass
@@ -42,6 +43,38 @@ class Truth:
     boxes: Tensor
     labels: Tensor
     masks: Tensor
+
+
+@dataclasses.dataclass
+class Truths:
+    """Objects of all images of a batch: behind each other, and padded to the same number for each image.
+
+    Attributes:
+        rois: ``(T, 5)`` float32: index of the image, and the box in pixels.
+        labels: ``(T,)`` int64, from 0.
+        masks: ``(T, H, W)`` uint8.
+        first: ``(N,)`` int64, where the objects of each image begin.
+        boxes: ``(N, G, 4)`` float32, those of each image and then zeros; G is at least 1.
+        exist: ``(N, G)`` bool, which of ``boxes`` are objects.
+    """
+
+    rois: Tensor
+    labels: Tensor
+    masks: Tensor
+    first: Tensor
+    boxes: Tensor
+    exist: Tensor
+
+    @classmethod
+    def of(cls, truths: Sequence[Truth]) -> Truths:
+        """Put the objects of several images together, without waiting for the device."""
+        boxes, labels, masks = (torch.cat([getattr(t, name) for t in truths]) for name in ("boxes", "labels", "masks"))
+        numbers = [len(truth.boxes) for truth in truths]
+        counts = _on(boxes.device, numbers)
+        image = torch.repeat_interleave(counts, output_size=len(boxes))
+        exist = torch.arange(max(1, *numbers), device=boxes.device) < counts[:, None]
+        padded = boxes.new_zeros(*exist.shape, 4).masked_scatter_(exist[..., None], boxes)
+        return cls(torch.cat([image[:, None], boxes], 1), labels, masks, counts.cumsum(0) - counts, padded, exist)
 
 
 @dataclasses.dataclass
@@ -118,8 +151,18 @@ class FPN(nn.Module):
         return [*maps, maps[-1][:, :, ::2, ::2]]
 
 
-# Of each map: logits, steps, anchors.
-RPNOutputs = tuple[list[Tensor], list[Tensor], list[Tensor]]
+def _on(device: torch.device, numbers: Sequence[Any]) -> Tensor:
+    """A tensor of a few numbers on a device, which is not waited for."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
+def sides_of(sizes: Sequence[Size], device: torch.device) -> Tensor:
+    """``(N, 2)`` float32, width and height of each image."""
+    return _on(device, [(float(width), float(height)) for height, width in sizes])
+
+
+# Logits, steps and anchors of all maps behind each other, and how many each map has.
+RPNOutputs = tuple[Tensor, Tensor, Tensor, list[int]]
 
 
 class RPNHead(nn.Module):
@@ -137,64 +180,58 @@ class RPNHead(nn.Module):
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> RPNOutputs:
-        """Logits ``(N, A)`` and steps ``(N, A, 4)`` of all anchors of each map, and the anchors ``(A, 4)``."""
+        """Logits ``(N, A)`` and steps ``(N, A, 4)`` of the anchors ``(A, 4)`` of all maps, and their number in each."""
         logits, steps, anchors = [], [], []
         for x, stride in zip(maps, (*STRIDES, 2 * STRIDES[-1]), strict=True):
             hidden = F.relu(self.rpn_conv(x))
-            logits.append(self.rpn_cls(hidden).permute(0, 2, 3, 1).flatten(1).float())
-            steps.append(self.rpn_reg(hidden).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float())
+            logits.append(self.rpn_cls(hidden).permute(0, 2, 3, 1).flatten(1))
+            steps.append(self.rpn_reg(hidden).permute(0, 2, 3, 1).reshape(len(x), -1, 4))
             anchors.append(grid_anchors(x.shape[2:], stride, x.device))
-        return logits, steps, anchors
+        parts = [len(of_map) for of_map in anchors]
+        return torch.cat(logits, 1).float(), torch.cat(steps, 1).float(), torch.cat(anchors), parts
 
-    def losses(self, outputs: RPNOutputs, sizes: list[Size], truths: list[Truth], number: int) -> tuple[Tensor, Tensor]:
+    def losses(self, outputs: RPNOutputs, sides: Tensor, truths: Truths, number: int) -> tuple[Tensor, Tensor]:
         """Losses of logits and steps, divided by the anchors that all images contribute: an image without positives
         counts as if it had one, and so for negatives."""
-        logits, steps, anchors = outputs
-        all_logits, all_steps, all_anchors = torch.cat(logits, 1), torch.cat(steps, 1), torch.cat(anchors)
-        matches = []
-        for truth, (height, width) in zip(truths, sizes, strict=True):
-            # Anchors that cross the border of the image (not of the batch) are left out.
-            inside = (all_anchors[:, :2] >= 0).all(1) & (all_anchors[:, 2] < width) & (all_anchors[:, 3] < height)
-            matches.append(self.matcher(all_anchors, truth.boxes, inside))
-        samples = sample(matches, number, 0.5)
-        divisor = sum(max(len(positives), 1) + max(len(negatives), 1) for positives, negatives in samples)
-        first = range(0, all_logits.numel(), len(all_anchors))
-        at, away = (torch.cat([sample[kind] + i for sample, i in zip(samples, first, strict=True)]) for kind in (0, 1))
-        found = [
-            truth.boxes[match[positives]] for truth, match, (positives, _) in zip(truths, matches, samples, strict=True)
-        ]
-        target = encode(torch.cat([all_anchors[positives] for positives, _ in samples]), torch.cat(found))
-        all_logits, all_steps = all_logits.flatten(), all_steps.flatten(0, 1)
-        objectness = F.softplus(-all_logits[at]).sum() + F.softplus(all_logits[away]).sum()
-        regression = F.smooth_l1_loss(all_steps[at], target, beta=1 / 9, reduction="sum")
+        logits, steps, anchors, _ = outputs
+        # Anchors that cross the border of the image (not of the batch) are left out.
+        inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2:] < sides[:, None]).all(2)
+        images = max(1, LARGEST_TABLE // (truths.boxes.shape[1] * len(anchors)))
+        parts = zip(*(x.split(images) for x in (truths.boxes, truths.exist, inside)), strict=True)
+        matches = torch.cat([self.matcher(anchors, *part) for part in parts])
+        image = torch.arange(len(sides), device=sides.device)[:, None]
+        chosen, positives, negatives = sample(matches, image, len(sides), number, 0.5)
+        divisor = sum(max(count, 1) for count in positives + negatives)
+        found = sum(positives)
+        at = chosen[:found]
+        target = truths.rois[truths.first[at // len(anchors)] + matches.flatten()[at], 1:]
+        logit, step = logits.flatten().index_select(0, chosen), steps.flatten(0, 1).index_select(0, at)
+        objectness = F.softplus(torch.cat([-logit[:found], logit[found:]])).sum()
+        regression = F.smooth_l1_loss(step, encode(anchors[at % len(anchors)], target), beta=1 / 9, reduction="sum")
         return objectness / divisor, regression / divisor
 
     @torch.no_grad()
-    def proposals(
-        self, outputs: RPNOutputs, sizes: list[Size], numbers: tuple[int, int]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Boxes ``(P, 4)`` and scores ``(P,)`` of each image, the surest first."""
+    def proposals(self, outputs: RPNOutputs, sides: Tensor, numbers: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Boxes ``(R, 5)``, as of :func:`pool`, and scores ``(R,)``: image by image, the surest first."""
         before, after = numbers
-        boxes, scores = [], []
-        for logit, step, anchor in zip(*outputs, strict=True):
-            score, order = logit.sigmoid().sort(dim=1, descending=True)
-            score, order = score[:, :before], order[:, :before]
-            step = step.gather(1, order[..., None].expand(-1, -1, 4))
-            boxes.append(decode(anchor[order], step))
-            scores.append(score)
-        parts = [score.shape[1] for score in scores]
-        first = [0, *itertools.accumulate(parts)]
-        result = []
-        for image, score, size in zip(torch.cat(boxes, 1), torch.cat(scores, 1), sizes, strict=True):
-            box = clip(image, size)
-            # Boxes suppress those of their own level.
-            levels = zip(box.split(parts), score.split(parts), first, strict=False)
-            keep = torch.cat([nms(of_level, sure, 0.7) + start for of_level, sure, start in levels])
-            # Boxes without area go: nothing suppresses them, and they suppress nothing.
-            keep = keep[((box[:, 2:] - box[:, :2]) > 0).all(1)[keep]]
-            keep = keep[score[keep].argsort(descending=True)[:after]]
-            result.append((box[keep], score[keep]))
-        return result
+        logits, steps, anchors, parts = outputs
+        best = [of_map.topk(min(before, of_map.shape[1])) for of_map in logits.split(parts, 1)]
+        scores = torch.cat([top.values for top in best], 1).sigmoid()
+        starts = itertools.accumulate(parts, initial=0)
+        index = torch.cat([top.indices + start for top, start in zip(best, starts, strict=False)], 1)
+        boxes = decode(anchors[index], steps.gather(1, index[..., None].expand(-1, -1, 4)))
+        boxes = clip(boxes, sides[:, None])
+        # Boxes without area go: nothing suppresses them, they suppress nothing, and they come last.
+        scores = scores.where((boxes[..., 2:] > boxes[..., :2]).all(-1), -1.0)
+        # Boxes suppress those of their own level: the levels are moved apart.
+        taken = [top.indices.shape[1] for top in best]
+        level = torch.repeat_interleave(_on(boxes.device, taken), output_size=sum(taken))
+        apart = boxes + (level * (boxes.amax((1, 2)) + 1)[:, None])[..., None]
+        images = enumerate(zip(apart, scores, strict=True))
+        keep = torch.cat([nms(*of_image, 0.7)[:after] + i * len(level) for i, of_image in images])
+        scores = scores.flatten()
+        keep = keep[scores[keep] >= 0]
+        return torch.cat([(keep // len(level))[:, None], boxes.flatten(0, 1)[keep]], 1), scores[keep]
 
 
 class BoxHead(nn.Module):
@@ -243,21 +280,28 @@ class MaskHead(nn.Module):
 
 def plain(maps: Sequence[Tensor]) -> list[Tensor]:
     """Maps as :func:`pool` takes them, in contiguous float32: in 16 bits a box would be off by pixels."""
-    return [x.float().contiguous() for x in maps[: len(STRIDES)]]
+    return [x.to(torch.float32, memory_format=torch.contiguous_format) for x in maps[: len(STRIDES)]]
 
 
-def pool(maps: Sequence[Tensor], boxes: list[Tensor], size: int) -> Tensor:
-    """Features ``(R, C, size, size)`` of the boxes ``(R_i, 4)`` of each image, from the map that suits a box's area."""
-    rois = torch.cat([F.pad(box, (1, 0), value=i) for i, box in enumerate(boxes)])
-    scale = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
-    level = (scale / 56 + 1e-6).log2().floor().clamp(min=0, max=len(STRIDES) - 1).long()
-    level, order = level.sort(stable=True)
-    numbers = torch.stack([(level == i).sum() for i in range(len(STRIDES))]).tolist()
+def pool(maps: Sequence[Tensor], rois: Tensor, size: int) -> Tensor:
+    """Features ``(R, C, size, size)`` of boxes, each from the map that suits its area.
+
+    The device is waited for once.
+
+    Args:
+        maps: as of :func:`plain`.
+        rois: ``(R, 5)`` float32: index of the image, and the box in pixels.
+        size: of the result.
+    """
+    # Its whole part is the map's index; what is below or above the indices goes to the nearest map.
+    level, order = (area(rois[:, 1:]).sqrt() / 56 + 1e-6).log2().sort()
+    ends = torch.searchsorted(level, torch.arange(1.0, len(STRIDES), device=level.device)).tolist()
     pooled = [
         roi_align(x, part, size, 1 / stride, sampling_ratio=0, aligned=True)
-        for x, stride, part in zip(maps, STRIDES, rois[order].split(numbers), strict=True)
+        for x, stride, part in zip(maps, STRIDES, rois[order].tensor_split(ends), strict=True)
     ]
-    return torch.cat(pooled)[order.argsort()]
+    result = torch.cat(pooled)
+    return torch.empty_like(result).index_copy_(0, order, result)
 
 
 class RoIHead(nn.Module):
@@ -269,119 +313,104 @@ class RoIHead(nn.Module):
         self.bbox_head = nn.ModuleList(BoxHead(num_classes, channels, hidden) for _ in STAGE_WEIGHTS)
         self.mask_head = nn.ModuleList(MaskHead(num_classes, channels) for _ in STAGE_WEIGHTS)
 
-    def _refine(
-        self, stage: int, boxes: list[Tensor], labels: Tensor, steps: Tensor, sizes: list[Size]
-    ) -> list[Tensor]:
-        """The boxes of each image, moved by the steps of their classes."""
-        of_label = steps[torch.arange(len(steps), device=steps.device), labels]
-        refined = decode(torch.cat(boxes), of_label, STAGE_STDS[stage]).split([len(box) for box in boxes])
-        return [clip(box, size) for box, size in zip(refined, sizes, strict=True)]
-
     def losses(
-        self, maps: Sequence[Tensor], proposals: list[Tensor], sizes: list[Size], truths: list[Truth], number: int
+        self, maps: Sequence[Tensor], rois: Tensor, sides: Tensor, truths: Truths, number: int
     ) -> dict[str, Tensor]:
-        """Weighted losses of all stages: ``s0.loss_cls``, ``s0.loss_bbox``, ``s0.loss_mask`` and so on."""
+        """Weighted losses of all stages: ``s0.loss_cls``, ``s0.loss_bbox``, ``s0.loss_mask`` and so on.
+
+        Args:
+            maps: of the pyramid.
+            rois: ``(R, 5)`` proposals, as of :func:`pool`.
+            sides: ``(N, 2)`` float32, width and height of each image.
+            truths: the objects.
+            number: of boxes that an image contributes to a stage.
+        """
         losses: dict[str, Tensor] = {}
-        maps = plain(maps)
+        maps, joined, allowed = plain(maps), len(truths.rois), None
         for stage, weight in enumerate(STAGE_WEIGHTS):
             matcher = Matcher(STAGE_OVERLAPS[stage], STAGE_OVERLAPS[stage])
-            matches = []
-            for truth, proposal in zip(truths, proposals, strict=True):
-                # Ground truth joins the proposals, as a match of itself.
-                own = torch.arange(len(truth.boxes), device=proposal.device)
-                matches.append(torch.cat([own, matcher(proposal, truth.boxes)]))
-            samples = sample(matches, number, 0.25)
-            boxes, labels, of_truth = [], [], []
-            for truth, proposal, match, (at, away) in zip(truths, proposals, matches, samples, strict=True):
-                boxes.append(torch.cat([truth.boxes, proposal])[torch.cat([at, away])])
-                of_truth.append(match[at])
-                classes = truth.labels[of_truth[-1]]
-                labels.append(torch.cat([classes, classes.new_full((len(away),), self.num_classes)]))
-            logits, steps = self.bbox_head[stage](pool(maps, boxes, 7))
-            label, box = torch.cat(labels), torch.cat(boxes)
-            losses[f"s{stage}.loss_cls"] = weight * F.cross_entropy(logits, label, reduction="sum") / max(len(label), 1)
-            found = (label < self.num_classes).nonzero().flatten()
-            target = torch.cat([truth.boxes[match] for truth, match in zip(truths, of_truth, strict=True)])
-            decoded = decode(box[found], steps[found, label[found]], STAGE_STDS[stage])
-            losses[f"s{stage}.loss_bbox"] = weight * 10 * (1 - giou(decoded, target)).sum() / max(len(label), 1)
-            losses[f"s{stage}.loss_mask"] = weight * self._mask_loss(stage, maps, boxes, truths, of_truth)
-            if stage + 1 < len(STAGE_WEIGHTS):
-                with torch.no_grad():
-                    likely = torch.where(label == self.num_classes, logits[:, :-1].argmax(1), label)
-                    refined = self._refine(stage, boxes, likely, steps, sizes)
-                    # Ground truth that joined leaves again: it comes first.
-                    joined = [(at < len(truth.boxes)).sum() for truth, (at, _) in zip(truths, samples, strict=True)]
-                    proposals = [box[k:] for box, k in zip(refined, torch.stack(joined).tolist(), strict=True)]
+            image = rois[:, 0].long()
+            match = matcher(rois[:, None, 1:], truths.boxes[image], truths.exist[image], allowed)[:, 0]
+            match = match.where(match < 0, match + truths.first[image])
+            # Ground truth joins the proposals, as a match of itself.
+            rois = torch.cat([truths.rois, rois])
+            match = torch.cat([torch.arange(joined, device=match.device), match])
+            chosen, positives, _ = sample(match, rois[:, 0].long(), len(sides), number, 0.25)
+            rois, found, total = rois[chosen], sum(positives), max(len(chosen), 1)
+            match = match[chosen[:found]]
+            label = F.pad(truths.labels[match], (0, len(chosen) - found), value=self.num_classes)
+            logits, steps = self.bbox_head[stage](pool(maps, rois, 7))
+            losses[f"s{stage}.loss_cls"] = weight / total * F.cross_entropy(logits, label, reduction="sum")
+            likely = torch.cat([label[:found], logits[found:, :-1].argmax(1)])
+            boxes = decode(rois[:, 1:], _of_label(steps, likely), STAGE_STDS[stage])
+            loss = (1 - giou(boxes[:found], truths.rois[match, 1:])).sum()
+            losses[f"s{stage}.loss_bbox"] = weight * 10 / total * loss
+            masks = self.mask_head[stage](pool(maps, rois[:found], 14))
+            losses[f"s{stage}.loss_mask"] = weight * _mask_loss(masks, rois[:found], truths, match)
+            # Ground truth that joined leaves again.
+            rois, allowed = _refined(rois, boxes.detach(), sides), (chosen >= joined)[:, None]
         return losses
-
-    def _mask_loss(
-        self, stage: int, maps: Sequence[Tensor], boxes: list[Tensor], truths: list[Truth], of_truth: list[Tensor]
-    ) -> Tensor:
-        positive = [box[: len(match)] for box, match in zip(boxes, of_truth, strict=True)]
-        logits = self.mask_head[stage](pool(maps, positive, 14))
-        if not len(logits):
-            return logits.sum()
-        labels = torch.cat([truth.labels[match] for truth, match in zip(truths, of_truth, strict=True)])
-        # The masks of all images behind each other, and where those of each begin.
-        first = itertools.accumulate((len(truth.masks) for truth in truths[:-1]), initial=0)
-        of_all = torch.cat([match + i for match, i in zip(of_truth, first, strict=True)])
-        targets = mask_targets(torch.cat([truth.masks for truth in truths]), of_all, torch.cat(positive))
-        chosen = logits[torch.arange(len(logits), device=logits.device), labels]
-        return F.binary_cross_entropy_with_logits(chosen, targets)
 
     @torch.no_grad()
     def detect(
-        self, maps: Sequence[Tensor], proposals: list[Tensor], sizes: list[Size], scales: Tensor, settings: Settings
+        self, maps: Sequence[Tensor], rois: Tensor, sides: Tensor, scales: Tensor, settings: Settings
     ) -> list[Detections]:
         """Detections of each image.
 
         Args:
             maps: of the pyramid.
-            proposals: ``(P, 4)`` of each image.
-            sizes: height and width of each image in the batch; boxes are clipped to it.
+            rois: ``(R, 5)`` proposals, as of :func:`pool`, image by image.
+            sides: ``(N, 2)`` float32, width and height of each image in the batch; boxes are clipped to it.
             scales: ``(N, 2)`` width and height factors from the original images: boxes are divided by them before they
                 suppress each other.
             settings: numbers and thresholds.
         """
-        maps = plain(maps)
-        parts = [len(boxes) for boxes in proposals]
-        boxes, logits = list(proposals), []
-        for stage in range(len(STAGE_WEIGHTS)):
-            stage_logits, steps = self.bbox_head[stage](pool(maps, boxes, 7))
+        maps, logits = plain(maps), []
+        for stage, stds in enumerate(STAGE_STDS):
+            stage_logits, steps = self.bbox_head[stage](pool(maps, rois, 7))
             logits.append(stage_logits)
-            if stage + 1 < len(STAGE_WEIGHTS):
-                likely = stage_logits[:, :-1].argmax(1)
-                boxes = self._refine(stage, boxes, likely, steps, sizes)
+            if stage + 1 < len(STAGE_STDS):
+                likely = _of_label(steps, stage_logits[:, :-1].argmax(1))
+                rois = _refined(rois, decode(rois[:, 1:], likely, stds), sides)
         # The stages' logits are averaged, not their probabilities.
-        scores = (sum(logits) / len(logits)).softmax(-1).split(parts)
-        found = [
-            self._suppress(decode(box[:, None], step, STAGE_STDS[-1]), score, size, scale, settings)
-            for box, step, score, size, scale in zip(boxes, steps.split(parts), scores, sizes, scales, strict=True)
-        ]
-        masks = self._masks(maps, [f.boxes * scale.repeat(2) for f, scale in zip(found, scales, strict=True)], found)
-        for detections, mask in zip(found, masks, strict=True):
-            detections.masks = mask
-        return found
+        scores = torch.stack(logits).mean(0).softmax(-1)[:, :-1]
+        row, label = (scores > settings.score).nonzero(as_tuple=True)
+        image, scores = rois[row, 0].long(), scores[row, label]
+        scales = scales.repeat(1, 2)
+        boxes = clip(decode(rois[row, 1:], steps[row, label], STAGE_STDS[-1]), sides[image]) / scales[image]
+        numbers = image.bincount(minlength=len(sides)).tolist()
+        starts = itertools.accumulate(numbers, initial=0)
+        parts = zip(*(x.split(numbers) for x in (boxes, scores, label)), starts, strict=False)
+        kept = [batched_nms(*part, settings.overlap)[: settings.detections] + start for *part, start in parts]
+        boxes, scores, label, image = (x[torch.cat(kept)] for x in (boxes, scores, label, image))
+        features = pool(maps, torch.cat([image[:, None], boxes * scales[image]], 1), 14)
+        masks = torch.stack([_of_label(head(features), label).sigmoid() for head in self.mask_head]).mean(0)
+        found = (x.split([len(of_image) for of_image in kept]) for x in (boxes, scores, label, masks))
+        return [Detections(*of_image) for of_image in zip(*found, strict=True)]
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, size: Size, scale: Tensor, settings: Settings) -> Detections:
-        boxes = clip(boxes, size) / scale.repeat(2)
-        box, label = (scores[:, :-1] > settings.score).nonzero(as_tuple=True)
-        boxes, scores = boxes[box, label], scores[box, label]
-        keep = batched_nms(boxes, scores, label, settings.overlap)[: settings.detections]
-        return Detections(boxes[keep], scores[keep], label[keep], boxes.new_zeros(0, MASK_SIZE, MASK_SIZE))
 
-    def _masks(self, maps: Sequence[Tensor], boxes: list[Tensor], found: list[Detections]) -> Sequence[Tensor]:
-        labels = torch.cat([detections.labels for detections in found])
-        features = pool(maps, boxes, 14)
-        index = torch.arange(len(labels), device=labels.device)
-        masks = [head(features)[index, labels].sigmoid() for head in self.mask_head]
-        return (sum(masks) / len(masks)).split([len(box) for box in boxes])
+def _of_label(x: Tensor, labels: Tensor) -> Tensor:
+    """``(R, ...)``, what ``x`` ``(R, K, ...)`` has for the label of each row."""
+    index = labels.view(-1, *[1] * (x.dim() - 1))
+    return x.gather(1, index.expand(-1, 1, *x.shape[2:]))[:, 0]
+
+
+def _mask_loss(logits: Tensor, rois: Tensor, truths: Truths, match: Tensor) -> Tensor:
+    if not len(logits):
+        return logits.sum()
+    targets = mask_targets(truths.masks, match, rois[:, 1:])
+    return F.binary_cross_entropy_with_logits(_of_label(logits, truths.labels[match]), targets)
+
+
+def _refined(rois: Tensor, boxes: Tensor, sides: Tensor) -> Tensor:
+    """``(R, 5)``, the boxes ``(R, 4)`` that ``rois`` became, clipped to their images."""
+    return torch.cat([rois[:, :1], clip(boxes, sides[rois[:, 0].long()])], 1)
 
 
 def mask_targets(masks: Tensor, matches: Tensor, boxes: Tensor) -> Tensor:
     """``(P, 28, 28)`` float32, 0 or 1: masks ``(G, H, W)`` of the ground truths ``(P,)`` inside boxes ``(P, 4)``."""
-    rois = torch.cat([matches[:, None].to(boxes.dtype), boxes], dim=1)
-    pooled = roi_align(masks[:, None].float(), rois.float(), MASK_SIZE, 1.0, sampling_ratio=0, aligned=True)
+    rois = torch.cat([matches[:, None], boxes], dim=1)
+    pooled = roi_align(masks[:, None].float(), rois, MASK_SIZE, 1.0, sampling_ratio=0, aligned=True)
     return (pooled[:, 0] >= 0.5).float()
 
 
@@ -457,16 +486,17 @@ class CascadeMaskRCNN(nn.Module):
     def forward(self, images: Tensor, sizes: list[Size], scales: Tensor) -> list[Detections]:
         """Detections of each image, in the pixels of the original images (see :meth:`RoIHead.detect`)."""
         maps = self.neck(self.backbone(images))
-        proposals = self.rpn_head.proposals(self.rpn_head(maps), sizes, self.settings.test_proposals)
-        return self.roi_head.detect(maps, [boxes for boxes, _ in proposals], sizes, scales, self.settings)
+        sides = sides_of(sizes, images.device)
+        rois, _ = self.rpn_head.proposals(self.rpn_head(maps), sides, self.settings.test_proposals)
+        return self.roi_head.detect(maps, rois, sides, scales, self.settings)
 
 
 def head_losses(
     rpn: RPNHead, roi: RoIHead, maps: Sequence[Tensor], sizes: list[Size], truths: list[Truth], settings: Settings
 ) -> dict[str, Tensor]:
     """Losses of both heads on the maps of a pyramid."""
-    outputs = rpn(maps)
-    rpn_cls, rpn_bbox = rpn.losses(outputs, sizes, truths, settings.rpn_samples)
-    proposals = [boxes for boxes, _ in rpn.proposals(outputs, sizes, settings.train_proposals)]
-    losses = roi.losses(maps, proposals, sizes, truths, settings.roi_samples)
+    outputs, sides, objects = rpn(maps), sides_of(sizes, maps[0].device), Truths.of(truths)
+    rpn_cls, rpn_bbox = rpn.losses(outputs, sides, objects, settings.rpn_samples)
+    rois, _ = rpn.proposals(outputs, sides, settings.train_proposals)
+    losses = roi.losses(maps, rois, sides, objects, settings.roi_samples)
     return {"loss_rpn_cls": rpn_cls, "loss_rpn_bbox": rpn_bbox} | losses

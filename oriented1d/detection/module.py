@@ -18,7 +18,7 @@ from oriented1d.detection.results import NAMES, evaluate, to_coco, write_json
 from oriented1d.models.checkpoints import load_dense_checkpoint
 from oriented1d.training.callbacks import run_folder
 from oriented1d.training.errors import UserError, blamed_on
-from oriented1d.training.optimizer import parameter_groups
+from oriented1d.training.optimizer import adamw_options, parameter_groups
 from oriented1d.training.schedule import warmup_steps_down_scheduler
 
 
@@ -118,7 +118,7 @@ class ObjectDetector(L.LightningModule):
             )
         except ValueError as error:
             raise UserError(f"model.{error}; use null for other backbones") from error
-        optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay, **adamw_options(self.trainer))
         self.trainer.fit_loop.setup_data()  # otherwise the batches of an epoch are unknown
         steps = self.trainer.num_training_batches // self.trainer.accumulate_grad_batches
         scheduler = warmup_steps_down_scheduler(

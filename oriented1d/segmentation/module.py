@@ -19,7 +19,7 @@ from oriented1d.segmentation.metrics import SegmentationScores
 from oriented1d.segmentation.predictions import PredictionWriter
 from oriented1d.segmentation.upernet import UPerNet
 from oriented1d.training.errors import UserError, blamed_on
-from oriented1d.training.optimizer import parameter_groups
+from oriented1d.training.optimizer import adamw_options, parameter_groups
 from oriented1d.training.schedule import warmup_poly_scheduler
 
 
@@ -130,7 +130,7 @@ class SemanticSegmenter(L.LightningModule):
             )
         except ValueError as error:
             raise UserError(f"model.{error}; use null for other backbones") from error
-        optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay, **adamw_options(self.trainer))
         self.trainer.fit_loop.setup_data()  # otherwise the batches of an epoch are unknown
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):

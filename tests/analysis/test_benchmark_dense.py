@@ -11,6 +11,8 @@ import torch
 
 from oriented1d.analysis import benchmark
 from oriented1d.analysis.benchmark import dense
+from oriented1d.detection.boxes import Matcher, overlaps
+from oriented1d.detection.cascade import STAGE_OVERLAPS, RoIHead, RPNHead
 
 CASE = dense.Case("detection", "convnext_atto_1d", 2, 64, 96, "float32", "channels_last", "cpu", 1, 2, 0)
 
@@ -26,10 +28,12 @@ def test_changing_sizes_are_multiples_of_32_and_differ() -> None:
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
-def test_a_batch_has_a_loss_and_gradients_everywhere(task: str) -> None:
+def test_a_batch_has_a_loss_and_gradients_everywhere(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "PROPOSALS", 100)  # the stages take time on the CPU
     case = dataclasses.replace(CASE, task=task, model="convnext_atto_2d")
     model = dense._model(case).train()
-    images, truths = dense._batch(case, 64, 96, torch.device("cpu"))
+    batch = dense._batch(case, 64, 96, torch.device("cpu"))
+    images, truths = batch[:2]
     assert images.is_contiguous(memory_format=torch.channels_last)
     if task == "detection":
         for truth in truths:
@@ -37,13 +41,60 @@ def test_a_batch_has_a_loss_and_gradients_everywhere(task: str) -> None:
             inside = truth.masks.sum((1, 2))
             sides = truth.boxes[:, 2:] - truth.boxes[:, :2]
             assert torch.all((inside - sides.prod(1)).abs() <= sides.sum(1) + 1)
-    loss = {"segmentation": dense._segmentation_loss, "detection": dense._detection_loss}[task](model, images, truths)
+    loss = {"segmentation": dense._segmentation_loss, "detection": dense._detection_loss}[task](model, *batch)
     loss.backward()
     assert torch.isfinite(loss)
     assert loss > 0
     first = next(p for p in model.backbone.parameters() if p.dim() == 4)
     assert first.grad is not None
     assert first.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (800, 1344)])
+def test_proposals_lie_in_the_image_and_have_positives_for_all_stages(height: int, width: int) -> None:
+    _, truths, rois = dense._batch(CASE, height, width, torch.device("cpu"))
+    assert rois[:, 0].tolist() == [0] * dense.PROPOSALS + [1] * dense.PROPOSALS
+    assert (rois[:, 3:] > rois[:, 1:3]).all()
+    assert (rois[:, 1:] >= 0).all()
+    assert (rois[:, 3:] <= torch.tensor([width, height])).all()
+    for truth, boxes in zip(truths, rois[:, 1:].split(dense.PROPOSALS), strict=True):
+        most = overlaps(boxes, truth.boxes).amax(1)
+        for threshold in STAGE_OVERLAPS:
+            assert 128 < int((most >= threshold).sum()) < 600  # 128 positives are sampled
+        # Sizes of COCO: 41% small, 34% medium, of images of 640x480.
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)[500:] * 640 * 480 / (height * width)
+        assert float((area < 32**2).float().mean()) == pytest.approx(0.41, abs=0.06)
+        assert float((area < 96**2).float().mean()) == pytest.approx(0.75, abs=0.1)
+
+
+def test_every_backbone_is_given_the_same_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first stage gets them, and after those of the network itself were computed."""
+    computed: list[int] = []
+    seen: list[tuple[torch.Tensor, ...]] = []
+    compute = RPNHead.proposals
+
+    def count(head, *arguments):
+        rois, scores = compute(head, *arguments)
+        computed.append(len(rois))
+        return rois, scores
+
+    def record(head, maps, rois, sides, truths, number):
+        image = rois[:, 0].long()
+        matches = Matcher(0.5, 0.5)(rois[:, None, 1:], truths.boxes[image], truths.exist[image])
+        seen.append((rois, truths.rois, truths.labels, (matches >= 0).sum()))
+        return {"loss": maps[0].mean()}
+
+    monkeypatch.setattr(RPNHead, "proposals", count)
+    monkeypatch.setattr(RoIHead, "losses", record)
+    for model in ("convnext_atto_1d", "convnext_atto_2d"):
+        case = dataclasses.replace(CASE, model=model, warmup=0, runs=1)
+        dense.measure(case)
+    one, other = seen
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert len(one[0]) == 2 * dense.PROPOSALS
+    assert one[3] >= 2 * dense.PROPOSALS // 4
+    assert min(computed) > 0
+    assert max(computed) < 2 * dense.PROPOSALS
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

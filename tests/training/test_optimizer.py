@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
+import lightning as L
 import pytest
 import timm
 import torch
@@ -12,7 +14,10 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import oriented1d  # noqa: F401
-from oriented1d.training.optimizer import LayerDecayScheme, layer_id, parameter_groups
+from oriented1d.classification import ImageClassifier
+from oriented1d.detection import ObjectDetector
+from oriented1d.segmentation import SemanticSegmenter
+from oriented1d.training.optimizer import LayerDecayScheme, adamw_options, layer_id, parameter_groups
 from oriented1d.training.schedule import warmup_cosine_scheduler
 
 CASES = [
@@ -154,3 +159,57 @@ def test_frozen_parameters_are_left_out():
 def test_layer_decay_of_a_network_with_other_names_is_refused():
     with pytest.raises(ValueError, match="layer_decay: expected parameters named downsample_layers"):
         parameter_groups(nn.Sequential(nn.Linear(2, 2)), 0.1, 0.0, layer_decay=0.8)
+
+
+def trainer_on(device: str, precision: str = "32-true", clip: float | None = None) -> mock.Mock:
+    """What the tasks ask of a trainer."""
+    strategy = mock.Mock(root_device=torch.device(device))
+    return mock.Mock(
+        strategy=strategy,
+        precision=precision,
+        gradient_clip_val=clip,
+        num_training_batches=4,
+        accumulate_grad_batches=1,
+        estimated_stepping_batches=8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "clip", "fused"),
+    [
+        ("cuda:1", "32-true", None, True),
+        ("cuda", "bf16-mixed", None, True),
+        ("cuda", "bf16-mixed", 0.0, True),
+        ("cuda", "bf16-mixed", 1.0, False),
+        ("cuda", "16-mixed", None, False),
+        ("cpu", "32-true", None, False),
+        ("cpu", "bf16-mixed", 1.0, False),
+    ],
+)
+def test_which_adamw(device, precision, clip, fused):
+    assert adamw_options(trainer_on(device, precision, clip)) == ({"fused": True} if fused else {})
+
+
+def test_a_trainer_has_what_the_choice_asks_for(monkeypatch):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, gradient_clip_val=1.0)
+    assert adamw_options(trainer) == {}
+    monkeypatch.setattr(trainer.strategy, "_root_device", torch.device("cuda"))
+    assert adamw_options(trainer) == {}
+    trainer.gradient_clip_val = None
+    assert adamw_options(trainer) == {"fused": True}
+
+
+@pytest.mark.parametrize("task", [ImageClassifier, ObjectDetector, SemanticSegmenter])
+def test_every_task_asks_for_it(task, monkeypatch):
+    small = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8], "stem_dim": 8}
+    module = task("convnext_atto_1d", small, num_classes=3)
+    for trainer, fused in ((trainer_on("cuda"), True), (trainer_on("cuda", clip=1.0), None), (trainer_on("cpu"), None)):
+        monkeypatch.setattr(task, "trainer", trainer)
+        assert module.configure_optimizers()["optimizer"].defaults["fused"] is fused
+
+
+def test_other_optimizers_are_not_asked_to_be_fused(monkeypatch):
+    small = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8], "stem_dim": 8}
+    module = ImageClassifier("convnext_atto_1d", small, num_classes=3, optimizer="momentum")
+    monkeypatch.setattr(ImageClassifier, "trainer", trainer_on("cuda"))
+    assert not module.configure_optimizers()["optimizer"].defaults.get("fused")
