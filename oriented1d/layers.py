@@ -1,4 +1,4 @@
-"""The layer: :class:`OrientedConv1d`."""
+"""The layer: :class:`OrientedConv1d`; and :class:`DepthwiseConv2d` for the networks that have 2D kernels too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oriented1d import geometry
-from oriented1d.operator import oriented_conv1d
+from oriented1d.operator import depthwise, oriented_conv1d
 
 
 class OrientedConv1d(nn.Module):
@@ -135,6 +135,24 @@ class OrientedConv1d(nn.Module):
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"directions={len(set(self._angles.angles))}, bias={self.bias is not None}, residual={self.residual}"
         )
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """``nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)``, ``(N, C, H, W)`` to
+    the same shape, with a kernel of ours where there is one (see :mod:`oriented1d.operator.depthwise`).
+
+    Args:
+        channels: number of channels ``C``.
+        kernel_size: odd side of the kernels, in pixels.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if depthwise.supported(input, self.weight):
+            return depthwise.depthwise_conv2d(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 def angle_buffers(module: nn.Module) -> list[str]:

@@ -32,7 +32,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from oriented1d.layers import OrientedConv1d, angle_buffers
+from oriented1d.layers import DepthwiseConv2d, OrientedConv1d, angle_buffers
 from oriented1d.operator import stem
 
 __all__ = ["DENSE_KERNEL_SIZES", "KERNEL_SIZES", "SIZES", "ConvNeXt", "ConvNeXtFeatures"]
@@ -171,7 +171,7 @@ class Block(nn.Module):
         if kernels.startswith("1d"):
             depthwise = oriented(dim, size, residual=False)
         else:
-            depthwise = nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim)
+            depthwise = DepthwiseConv2d(dim, size)
         self.twice = kernels.endswith("pp")
         if self.twice:
             self.dwconv1 = depthwise

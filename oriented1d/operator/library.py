@@ -305,7 +305,16 @@ for _name, _backward, _save in (
 # Autocast ------------------------------------------------------------------------------------------------------------
 
 
-def _in_low_precision(call: Callable[..., Tensor], device_type: str, *arguments: Any) -> Tensor:
+def computed_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that a convolution of ``input`` is computed in: its own, or autocast's."""
+    device_type = input.device.type
+    # torch.amp.is_autocast_available would break the graph of torch.compile.
+    if device_type in AUTOCAST and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return input.dtype
+
+
+def in_low_precision(call: Callable[..., Tensor], device_type: str, *arguments: Any) -> Tensor:
     """Compute in the low precision that is in force, as convolutions do (sums are float32 in every backend)."""
     dtype = torch.get_autocast_dtype(device_type)
 
@@ -321,7 +330,7 @@ AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 """Types of devices that have autocast here, and its dispatch key."""
 
 for _device_type, _key in AUTOCAST.items():
-    _library.impl("oriented_conv1d", functools.partial(_in_low_precision, _conv, _device_type), _key)
+    _library.impl("oriented_conv1d", functools.partial(in_low_precision, _conv, _device_type), _key)
 
 
 # Calls ---------------------------------------------------------------------------------------------------------------
@@ -386,7 +395,7 @@ def conv(
         return _conv(input, weight, bias, None, layer.angles, layer.counts, stride, residual)
     device_type = "cuda" if input.is_cuda else "cpu"
     if torch.is_autocast_enabled(device_type):
-        return _in_low_precision(conv, device_type, input, weight, bias, layer, stride, residual)
+        return in_low_precision(conv, device_type, input, weight, bias, layer, stride, residual)
     if _is_recorded(input, weight, bias):
         return _record_conv(input, weight, bias, layer, stride, residual)
     return _run_conv(input, weight, bias, layer, stride, residual)

@@ -37,7 +37,14 @@ def supported(image: Tensor, weight: Tensor, layer: geometry.Directions, stride:
     """Whether :func:`oriented_stem` has a kernel for images ``(N, I, H, W)`` like this one, under the autocast in
     force."""
     return image.is_cuda and _has_kernel(
-        image.device, image.dtype, _dtype(image), image.shape[1], layer.angles, layer.counts, weight.shape[-1], stride
+        image.device,
+        image.dtype,
+        library.computed_dtype(image),
+        image.shape[1],
+        layer.angles,
+        layer.counts,
+        weight.shape[-1],
+        stride,
     )
 
 
@@ -55,13 +62,6 @@ def _has_kernel(
     from oriented1d.operator.cuda import stem
 
     return stem.unsupported(device, dtype, image, channels, _taps(angles, counts, kernel_size), stride) is None
-
-
-def _dtype(image: Tensor) -> torch.dtype:
-    device_type = image.device.type
-    if device_type in library.AUTOCAST and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return image.dtype
 
 
 def oriented_stem(
@@ -93,7 +93,7 @@ def oriented_stem(
     """
     tensors = image, projection, offset, weight, bias, norm_weight, norm_bias
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _forward(*tensors, eps, layer.angles, layer.counts, stride, _dtype(image), keep)[0]
+    return _forward(*tensors, eps, layer.angles, layer.counts, stride, library.computed_dtype(image), keep)[0]
 
 
 def _taps(angles: Any, counts: Any, kernel_size: int) -> geometry.LayerTaps:

@@ -200,7 +200,7 @@ class _Array:
 @contextlib.contextmanager
 def emulated(folder: Path) -> Iterator[Emulation]:
     """The functions of ``operator.cuda`` run in an emulation, on tensors of the CPU; ``folder`` keeps what is built."""
-    caches = cuda._launches, cuda._expect_gradients, stem._plan
+    caches = cuda._launches, cuda._expect_gradients, cuda._sizes, stem._plan
     for cache in caches:
         cache.cache_clear()
     try:

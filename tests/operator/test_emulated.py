@@ -87,7 +87,10 @@ def check(emulation: Emulation, case: Case) -> None:
         Case((9, 10, 16, 15), 1, 15, 1, BF16, False),  # lines split between blocks
         Case((7, 10, 28, 27), 3, 31, 2, BF16, False),
         Case((6, 8, 21, 40), 4, 7, 2, HALF, False),
+        Case((15, 5, 17, 3), 5, 31, 1, BF16, False),  # far taps find nothing in narrow images, which lie closer
         Case((7, 64, 14, 13), 8, 31, 1, BF16, True),
+        Case((17, 64, 7, 5), 8, 31, 1, BF16, True),  # far taps find nothing in small images, which lie closer
+        Case((20, 32, 6, 7), 4, 31, 2, HALF, True),
         Case((4, 12, 28, 31), 3, 7, 1, HALF, True),  # four channels at a time
         Case((2, 48, 67, 20), 3, 31, 1, BF16, True),
         Case((30, 32, 1, 5), 4, 1, 1, HALF, True),
@@ -95,6 +98,7 @@ def check(emulation: Emulation, case: Case) -> None:
         Case((9, 8, 28, 30), 1, 15, 1, BF16, True),  # images split between blocks
         Case((7, 24, 27, 28), 3, 31, 2, BF16, True),
         Case((6, 32, 21, 40), 4, 7, 2, HALF, True),
+        Case((2, 16, 19, 133), 2, 15, 2, BF16, True),  # two kernels, one for every second row
     ],
 )
 def test_on_tensor_cores(emulation: Emulation, case: Case) -> None:

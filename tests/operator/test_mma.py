@@ -1,5 +1,6 @@
 """The tensor core kernels: their matrices and their compilation anywhere, their results where there is a GPU."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from oriented1d import geometry, oriented_conv1d, use_backend
-from oriented1d.operator.cuda import mma
+from oriented1d.operator.cuda import mma, source
 from oriented1d.operator.layout import memory_format
 from tests.operator.reference import inside_nan, relative_error
 
@@ -187,11 +188,56 @@ def test_large_images_whose_blocks_would_share_sectors_are_left_to_the_other_mod
         stride = 2 if kind == "adjoint" else 1
         small, large = (torch.Size((2, channels, side, side)) for side in (size, stride * size))
         problem = cuda._Problem(kind, small, large, torch.bfloat16, True, 16, torch.device("cuda", 0), taps, stride)
-        return isinstance(cuda._choose(problem, cuda._angles(taps)[0])[0], mma.Spec)
+        return isinstance(cuda._choose(problem, cuda._parts(problem)[0])[0], mma.Spec)
 
     assert [chosen(channels, 56) for channels in (64, 96, 192, 384)] == [True] * 4
     assert [chosen(channels, 65) for channels in (64, 96, 192, 384)] == [False, False, False, True]
     assert [chosen(channels, 65, "adjoint") for channels in (64, 96, 192, 384)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("kernel_size", [7, 31])
+def test_images_lie_as_close_as_taps_allow(kernel_size: int) -> None:
+    for angle in (*ANGLES, 0.1, 1.2, 2.0, 3.0):
+        taps = tuple(map(tuple, geometry.kernel_taps(angle, kernel_size).tolist()))
+        band = mma.make_band(angle, taps)
+        offsets = [(dy, dx) if band.steep else (dx, dy) for dy, dx in taps]
+        for size in range(1, 40):
+            inside = [abs(dv) for du, dv in offsets if abs(du) < size]
+            assert band.gap(size) == max(inside)
+
+
+def test_the_second_size_begins_what_all_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+
+    begun: dict[mma.Spec | source.Spec, None] = {}
+    monkeypatch.setattr(cuda.compiler, "limits", lambda device: (132, 232448))
+    monkeypatch.setattr(cuda.compiler, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda.compiler, "begin", lambda spec, device: begun.setdefault(spec))
+    monkeypatch.setattr(cuda, "_sizes", functools.cache(cuda._sizes.__wrapped__))
+
+    def new(height: int, width: int, last: bool, dtype: torch.dtype) -> int:
+        """Kernels begun for the layers of convnext_tiny_1d."""
+        before = len(begun)
+        device, h, w = torch.device("cuda", 0), -(-height // 2), -(-width // 2)
+        for channels, stride in ((64, 2), (96, 1), (192, 1), (384, 1), (768, 1)):
+            taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(channels)), 31)
+            small, large = torch.Size((8, channels, -(-h // stride), -(-w // stride))), torch.Size((8, channels, h, w))
+            of_input = ("adjoint" if stride > 1 else "gather"), small, large
+            for kind, *shapes in (("gather", large, small), of_input, ("weight", large, small)):
+                cuda._begin(cuda._Problem(kind, *shapes, dtype, last, 16, device, taps, stride))
+            h, w = max(1, small[2] // (1 if stride > 1 else 2)), max(1, small[3] // (1 if stride > 1 else 2))
+        return len(begun) - before
+
+    for last, dtype in itertools.product((True, False), (torch.bfloat16, torch.float32)):
+        begun.clear()
+        cuda._sizes.cache_clear()
+        first, again, second = (new(size, size, last, dtype) for size in (224, 224, 256))
+        assert first > 0
+        assert again == 0
+        assert second > 0
+        sizes = [(288, 288), (384, 384), (31, 47), (800, 1344), (1344, 800), (480, 640), (64, 64), (97, 1000)]
+        assert [new(*size, last, dtype) for size in sizes] == [0] * len(sizes)
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

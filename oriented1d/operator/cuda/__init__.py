@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oriented1d.geometry import DirectionTaps, LayerTaps
+from oriented1d.geometry import Directions, DirectionTaps, LayerTaps, layer_taps
 from oriented1d.operator.cuda import compiler, mma, source
 from oriented1d.operator.cuda.source import Spec
 from oriented1d.operator.layout import channels_last as is_channels_last
@@ -56,6 +56,57 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, taps: LayerTaps,
     return output
 
 
+@functools.lru_cache(maxsize=4096)
+def depthwise_unsupported(device: torch.device, dtype: torch.dtype, channels: int, kernel_size: int) -> str | None:
+    """Why :func:`depthwise` cannot run layers like this one; None if it can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return str(dtype)
+    if kernel_size not in (3, 5, 7):
+        return f"a kernel size of {kernel_size}"
+    if channels % 8:
+        return "channels in no multiple of 8"
+    reason = compiler.unavailable(device)
+    if reason is not None:
+        return reason
+    sides = (torch.Size((1, channels, side, side)) for side in _SIDES)
+    if any(
+        _mma_spec(problem := _square(shape, dtype, device, kernel_size), _parts(problem)[0]) is None for shape in sides
+    ):
+        return "a device like this one"
+    return None
+
+
+def _square(shape: torch.Size, dtype: torch.dtype, device: torch.device, kernel_size: int) -> _Problem:
+    taps = _square_taps(shape[1], kernel_size)
+    return _Problem("gather", shape, shape, dtype, True, 16, device, taps, 1, True)
+
+
+def _square_taps(channels: int, kernel_size: int) -> LayerTaps:
+    """The layer as far as this module looks: all channels are alike, as if they had one angle."""
+    return layer_taps(Directions((0.0,), (channels,)), kernel_size)
+
+
+def depthwise(input: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """Depthwise convolution with kernels of two dimensions at stride 1, zero outside the image, on tensor cores.
+
+    Args:
+        input: ``(N, C, H, W)``, not empty, less than 2**31 numbers.
+        weight: ``(C, 1, K, K)``.
+        bias: ``(C,)`` or None.
+        reverse: turn the kernels by half a turn, which makes it the gradient of the input.
+
+    Returns:
+        ``(N, C, H, W)`` in channels_last.
+    """
+    x = input.contiguous(memory_format=torch.channels_last)
+    if _alignment(x) < 16:
+        x = x.clone()
+    y = torch.empty_like(x)
+    taps = _square_taps(x.shape[1], weight.shape[-1])
+    _gather("gather", x, y, weight.flatten(1), bias, taps, 1, True, reverse, False, square=True)
+    return y
+
+
 def _output_shape(shape: torch.Size, stride: int) -> tuple[int, int, int, int]:
     n, c, height, width = shape
     return n, c, -(-height // stride), -(-width // stride)
@@ -76,9 +127,39 @@ def _expect_gradients(
     gradients = ("gather" if stride == 1 else "adjoint", output, shape), ("weight", shape, output)
     with compiler.current(device):
         for kind, in_shape, out_shape in gradients:
-            problem = _Problem(kind, in_shape, out_shape, dtype, last, 16, device, taps, stride)
-            for angles in _angles(taps):
-                compiler.begin(_choose(problem, angles)[0], device)
+            _begin(_Problem(kind, in_shape, out_shape, dtype, last, 16, device, taps, stride))
+
+
+def _begin(problem: _Problem) -> None:
+    """Start to compile what a problem needs; and, once a layer has had images of two sizes, what it needs for others.
+
+    There are a few kernels for a layer, each for a range of sizes. Where sizes change, most of them will be needed.
+    """
+    _begin_kernels(problem)
+    kind, (n, c, height, width), _, *layer = problem
+    seen, stride = _sizes(kind, *layer), problem.stride
+    if len(seen) == 2 or (height, width) in seen:
+        return
+    seen.add((height, width))
+    if len(seen) == 2:
+        for side in _SIDES:
+            shorter, longer = (torch.Size((n, c, s, s)) for s in (side, side * stride))
+            shapes = (shorter, longer) if kind == "adjoint" else (longer, shorter)
+            _begin_kernels(problem._replace(in_shape=shapes[0], out_shape=shapes[1]))
+
+
+def _begin_kernels(problem: _Problem) -> None:
+    for part in _parts(problem):
+        compiler.begin(_choose(problem, part)[0], problem.device)
+
+
+_SIDES = (7, 14, 16, 28, 32, 56, 64, 112)  # of outputs: one of every range that a kernel is chosen for
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(*layer: object) -> set[tuple[int, int]]:
+    """The first two sizes of images that a layer had."""
+    return set()
 
 
 def grad_input(
@@ -130,6 +211,7 @@ def _gather(
     last: bool,
     reverse: bool,
     residual: bool,
+    square: bool = False,
 ) -> None:
     if output.numel() == 0:
         return
@@ -138,7 +220,7 @@ def _gather(
     b = bias.contiguous().data_ptr() if bias is not None else 0
     with compiler.current(x.device):
         alignment = _alignment(x, output)
-        for launch in _launches(kind, x.shape, output.shape, x.dtype, last, alignment, x.device, taps, stride):
+        for launch in _launches(kind, x.shape, output.shape, x.dtype, last, alignment, x.device, taps, stride, square):
             launch.run(x.data_ptr(), output.data_ptr(), w.data_ptr(), b, after=(int(reverse), int(residual)))
 
 
@@ -192,7 +274,7 @@ def _spec(
     dtype: torch.dtype,
     kernel_size: int,
     stride: int,
-    angles: tuple[float, ...],
+    part: _Part,
     even: bool,
     widest: int,
     outputs: int,
@@ -203,7 +285,7 @@ def _spec(
 
     ``widest`` is the number of channels of the commonest angle, ``outputs`` and ``image`` are the longer sides of both.
     """
-    common = (kind, last, DTYPES[dtype])
+    common, layer = (kind, last, DTYPES[dtype]), (kernel_size, stride, part.angles)
     # Frames of eight channels (32 bytes of each pixel) hold small images only, and are worth it for many taps.
     small = image <= 14 or (image <= 28 and kernel_size > 15)
     if last and not (dtype == torch.float32 and stride == 1 and small):
@@ -215,7 +297,7 @@ def _spec(
         length = 7 if outputs <= 7 else 14
         for tiles in (32, 16, 8):
             strip = source.Blocks(tiles=tiles, along=min(along, tiles // 4), channels=channels, resident=blocks)
-            spec = Spec(*common, vector, kernel_size, stride, angles, length, strip)
+            spec = Spec(*common, vector, *layer, length, strip, part.phase_rows)
             shared = source.strip_bytes(spec)
             if shared <= memory:
                 break
@@ -227,7 +309,7 @@ def _spec(
             inner = region * (1 if kind == "adjoint" else stride)
             ahead = dtype == torch.float32 and inner == region  # images of other strides and dtypes arrive when needed
             square = source.Blocks(region=region, whole=image <= inner, stages=2 if ahead else 1)
-            spec, shared = _resident(Spec(*common, 1, kernel_size, stride, angles, length, square), memory)
+            spec, shared = _resident(Spec(*common, 1, *layer, length, square, part.phase_rows), memory)
             if ahead and not (last and kind == "weight"):  # as long as that takes no place from other blocks
                 square = dataclasses.replace(square, stages=3)
                 deeper, more = _resident(dataclasses.replace(spec, block=square), memory)
@@ -275,6 +357,18 @@ def _rows(
     return rows
 
 
+class _Part(NamedTuple):
+    """What a kernel computes of a problem.
+
+    Attributes:
+        angles: distinct angles, whose channels it has.
+        phase_rows: see ``source.Spec``.
+    """
+
+    angles: tuple[float, ...]
+    phase_rows: tuple[int, ...]
+
+
 class _Problem(NamedTuple):
     """What a launch is for.
 
@@ -283,6 +377,7 @@ class _Problem(NamedTuple):
         in_shape, out_shape: of the images read and written; of a weight gradient, of images and gradients.
         last: they are channels_last.
         alignment: bytes, see :func:`_alignment`.
+        square: see ``source.Spec``.
     """
 
     kind: str
@@ -294,16 +389,12 @@ class _Problem(NamedTuple):
     device: torch.device
     taps: LayerTaps
     stride: int
+    square: bool = False
 
     @property
     def sector(self) -> int:
         """Channels of a pixel in 32 bytes, the least that is read from memory; 0 where channels lie apart."""
         return 32 // self.dtype.itemsize if self.last else 0
-
-    @property
-    def phases(self) -> int:
-        """Programs of an angle."""
-        return self.stride**2 if self.kind == "adjoint" else 1
 
     @property
     def outputs(self) -> tuple[int, int]:
@@ -312,9 +403,9 @@ class _Problem(NamedTuple):
         return (-(-ho // self.stride), -(-wo // self.stride)) if self.kind == "adjoint" else (ho, wo)
 
 
-def _mma_spec(problem: _Problem, angles: tuple[float, ...]) -> mma.Spec | None:
+def _mma_spec(problem: _Problem, part: _Part) -> mma.Spec | None:
     """The kernel for a layer on tensor cores; None where there is none for it."""
-    kind, in_shape, _, dtype, last, alignment, device, taps, stride = problem
+    kind, in_shape, _, dtype, last, alignment, device, taps, stride, square = problem
     if compiler.capability(device) < (8, 0):
         return None
     n, _, hi, wi = in_shape
@@ -323,17 +414,19 @@ def _mma_spec(problem: _Problem, angles: tuple[float, ...]) -> mma.Spec | None:
         return None
     vector = 1
     if last:
-        table = list(itertools.chain(*_rows(taps, angles, (mma.WARPS,) * len(angles), 4, problem.sector)))
+        most = (mma.WARPS,) * len(part.angles)
+        table = list(itertools.chain(*_rows(taps, part.angles, most, 4, problem.sector)))
         vector = _granule(taps, table, dtype.itemsize, alignment) // 2
         # Sectors of large images that blocks share are read and written more than once.
         shared = vector < 8 if kind == "adjoint" else any((start | count) % problem.sector for _, start, count in table)
-        if max(outputs) > 64 and shared:
+        if max(outputs) > 64 and shared and not square:
             return None
     _, memory = compiler.limits(device)
-    spec = mma.choose(kind, DTYPES[dtype], vector, taps.kernel_size, stride, angles, (hi, wi), outputs, memory, last)
+    layer, sizes = (taps.kernel_size, stride, part.angles), ((hi, wi), outputs)
+    spec = mma.choose(kind, DTYPES[dtype], vector, *layer, *sizes, memory, last, part.phase_rows, square)
     if spec is None or last:
         return spec
-    rows = itertools.chain(*_rows(taps, angles, (spec.channels,) * len(angles), vector, problem.sector))
+    rows = itertools.chain(*_rows(taps, part.angles, (spec.channels,) * len(part.angles), vector, problem.sector))
     return dataclasses.replace(spec, full=all(count == spec.channels for _, _, count in rows))
 
 
@@ -342,7 +435,7 @@ def _mma_launch(spec: mma.Spec, problem: _Problem) -> _Launch:
     ho, wo = problem.out_shape[2:]
     device = problem.device
     processors, _ = compiler.limits(device)
-    most = (spec.channels,) * (len(spec.angles) * problem.phases)
+    most = (spec.channels,) * len(mma.programs(spec))
     groups = list(itertools.chain(*_rows(problem.taps, spec.angles, most, spec.vector, problem.sector)))
     shares = mma.share(spec, groups, n, (hi, wi), problem.outputs, 2 * c * max(hi * wi, ho * wo), processors)
     splits = max(row[4] for row in shares.rows)
@@ -408,24 +501,33 @@ def _work(
     return starts, np.array([segment for block in work for segment in block], dtype=np.int32), parts
 
 
-def _angles(taps: LayerTaps) -> list[tuple[float, ...]]:
-    """The distinct angles of a layer, as many together as a kernel has programs for."""
-    distinct = sorted(set(taps.directions.angles))
-    return [tuple(distinct[i : i + _ANGLES_PER_KERNEL]) for i in range(0, len(distinct), _ANGLES_PER_KERNEL)]
+def _parts(problem: _Problem) -> list[_Part]:
+    """The kernels of a problem, each with as many angles as a kernel has programs for."""
+    distinct = sorted(set(problem.taps.directions.angles))
+    angles = [tuple(distinct[i : i + _ANGLES_PER_KERNEL]) for i in range(0, len(distinct), _ANGLES_PER_KERNEL)]
+    rows: list[tuple[int, ...]] = [()]
+    if problem.kind == "adjoint":
+        # Each row reads the gradients: small images are faster with all of them in a kernel, which takes the compiler
+        # as many times as long.
+        every = range(problem.stride)
+        rows = [(row,) for row in every] if max(problem.outputs) > 64 else [tuple(every)]
+    return [_Part(*both) for both in itertools.product(angles, rows)]
 
 
-def _choose(problem: _Problem, angles: tuple[float, ...]) -> tuple[Spec | mma.Spec, int]:
-    """The kernel for the channels of ``angles``, and the bytes of shared memory of a block."""
-    kind, in_shape, _, dtype, last, alignment, device, taps, stride = problem
+def _choose(problem: _Problem, part: _Part) -> tuple[Spec | mma.Spec, int]:
+    """The kernel for a part of a problem, and the bytes of shared memory of a block."""
+    kind, in_shape, _, dtype, last, alignment, device, taps, stride, square = problem
     if dtype.itemsize == 2:
-        spec = _mma_spec(problem, angles)
+        spec = _mma_spec(problem, part)
         if spec is not None:
             return spec, spec.shared_bytes
+    if square:
+        raise NotImplementedError("kernels of two dimensions are tensor cores' only")
     _, memory = compiler.limits(device)
     even = alignment % (2 * dtype.itemsize) == 0 and all(run.start % 2 == run.stop % 2 == 0 for run in taps.runs)
     widest = max(run.stop - run.start for run in taps.runs)
     sizes = max(problem.outputs), max(in_shape[2:])
-    return _spec(kind, last, dtype, taps.kernel_size, stride, angles, even, widest, *sizes, memory)
+    return _spec(kind, last, dtype, taps.kernel_size, stride, part, even, widest, *sizes, memory)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -439,15 +541,17 @@ def _launches(
     device: torch.device,
     taps: LayerTaps,
     stride: int,
+    square: bool = False,
 ) -> tuple[_Launch, ...]:
     n, c, hi, wi = in_shape
     ho, wo = out_shape[2:]
-    problem = _Problem(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride)
+    problem = _Problem(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride, square)
     oh, ow = problem.outputs
     processors, _ = compiler.limits(device)
     result = []
-    for angles in _angles(taps):
-        spec, shared = _choose(problem, angles)
+    _begin(problem)
+    for part in _parts(problem):
+        spec, shared = _choose(problem, part)
         if isinstance(spec, mma.Spec):
             result.append(_mma_launch(spec, problem))
             continue
@@ -456,7 +560,7 @@ def _launches(
             most, threads, _ = source.planar_layout(spec)
         else:
             most = (spec.block.channels,) * len(programs)
-        rows = _rows(taps, angles, most, spec.vector, problem.sector)
+        rows = _rows(taps, part.angles, most, spec.vector, problem.sector)
         table = list(itertools.chain(*rows))
         slots, team = 0, 1
         copies: compiler.DeviceArray | int = 0

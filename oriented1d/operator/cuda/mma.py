@@ -50,6 +50,8 @@ class Spec:
         last: the images are channels_last; else contiguous.
         team: warps that share the lines of a channel.
         full: all blocks have ``channels`` channels.
+        phase_rows: of an adjoint, as in ``source.Spec``.
+        square: the kernel has two dimensions, as in ``source.Spec``.
     """
 
     kind: str
@@ -64,6 +66,13 @@ class Spec:
     last: bool = True
     team: int = 1
     full: bool = False
+    phase_rows: tuple[int, ...] = ()
+    square: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Of a channel."""
+        return self.kernel_size ** (2 if self.square else 1)
 
     @property
     def channels(self) -> int:
@@ -120,7 +129,7 @@ class Spec:
 
     @property
     def functions(self) -> dict[str, str]:
-        return source.functions(self.kind)
+        return {"run": "depthwise_conv2d"} if self.square else source.functions(self.kind)
 
 
 _START = 4.0  # microseconds that a block needs before its first step
@@ -140,7 +149,8 @@ class Band:
         advance, phase: the drift, ``(u * advance + phase) >> 4``.
         blocks: ``(e, k // 8)`` of the blocks of 8 columns that outputs read, ``e`` rows from their own.
         uses: for each distinct tap and each of the 16 outputs, the block and the column in it.
-        across: the farthest that a tap reaches across, in pixels.
+        across: ``(along, across)`` in ascending order: of the taps that are ``along`` pixels away along the line or
+            nearer, the farthest reaches ``across`` pixels across it.
     """
 
     steep: bool
@@ -148,7 +158,12 @@ class Band:
     phase: int
     blocks: tuple[tuple[int, int], ...]
     uses: tuple[tuple[tuple[int, int], ...], ...]
-    across: int
+    across: tuple[tuple[int, int], ...]
+
+    def gap(self, size: int) -> int:
+        """Lines that must lie between images of ``size`` pixels along the line, so that no tap reaches from one into
+        another: taps that are farther away than that find nothing in any image."""
+        return max((across for along, across in self.across if along < size), default=0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -175,18 +190,23 @@ def make_band(angle: float, taps: tuple[tuple[int, int], ...]) -> Band:
     uses, touched, advance, phase = best
     blocks = tuple(sorted(touched))
     number = {block: index for index, block in enumerate(blocks)}
+    across: list[tuple[int, int]] = []
+    for along, far in sorted((abs(du), abs(dv)) for du, dv in offsets):
+        if far > (across[-1][1] if across else 0):
+            across.append((along, far))
     return Band(
         steep,
         advance,
         phase,
         blocks,
         tuple(tuple((number[e, k], column) for e, k, column in mine) for mine in uses),
-        max((abs(dv) for _, dv in offsets), default=0),
+        tuple(across),
     )
 
 
 def _plain(spec: Spec) -> source.Spec:
-    return source.Spec(spec.kind, True, spec.dtype, 1, spec.kernel_size, spec.stride, spec.angles, 7, source.Blocks())
+    layer = spec.kernel_size, spec.stride, spec.angles
+    return source.Spec(spec.kind, True, spec.dtype, 1, *layer, 7, source.Blocks(), spec.phase_rows, spec.square)
 
 
 @functools.lru_cache(maxsize=256)
@@ -201,7 +221,7 @@ def programs(spec: Spec) -> tuple[tuple[source.Program, Band], ...]:
 def products(spec: Spec, program: source.Program, band: Band) -> list[tuple[tuple[int, bool], tuple[int, bool]]]:
     """Pairs of blocks that one instruction multiplies; each a number of ``band.blocks``, and whether it holds the
     rounding errors of the weights: sums of weights, and ``weight + 1``, need more than 16 bits."""
-    centre = (spec.kernel_size - 1) // 2
+    centre = -1 if spec.square else (spec.kernel_size - 1) // 2
     rounded = {
         block
         for taps, uses in zip(program.fold, band.uses, strict=True)
@@ -267,7 +287,8 @@ def share(
         # Microseconds of a step on one H200, by its blocks of 8 columns; and the number of steps.
         band = programs(spec)[program][1]
         across, along = (1, 0) if band.steep else (0, 1)
-        lines = images * (max(inputs[across], outputs[across]) + band.across)
+        gap = band.gap(max(inputs[along], outputs[along]))
+        lines = images * (max(inputs[across], outputs[across]) + gap)
         steps = -(-(lines + abs(min(outputs[along], 16 * spec.tiles) * band.advance) // 16) // (8 * spec.groups))
         base, slope = (1.1, 0.08) if spec.kind == "weight" else (1.2, 0.03)
         return steps * (base + slope * len(band.blocks)) * spec.groups * spec.tiles / (4 * spec.team), steps
@@ -319,6 +340,8 @@ def choose(
     outputs: tuple[int, int],
     memory: int,
     last: bool = True,
+    phase_rows: tuple[int, ...] = (),
+    square: bool = False,
 ) -> Spec | None:
     """The kernel for images of these sizes (of one program's outputs); None where another one is better.
 
@@ -339,7 +362,10 @@ def choose(
     team = 2 if not last and (tiles == 4 or kind == "weight") else 1
     groups = min(4 // tiles * team, 4)
     whole = max(longest, *inputs) <= 16 * tiles
-    spec = Spec(kind, dtype, vector if last else 1, kernel_size, stride, angles, tiles, groups, whole, last, team)
+    if kind == "adjoint":
+        phase_rows = phase_rows or tuple(range(stride))
+    common = kind, dtype, vector if last else 1, kernel_size, stride, angles
+    spec = Spec(*common, tiles, groups, whole, last, team, phase_rows=phase_rows, square=square)
     while spec.shared_bytes > memory and (spec.groups > team or spec.tiles > 1):
         if spec.groups > team:
             spec = dataclasses.replace(spec, groups=spec.groups // 2)
@@ -705,12 +731,15 @@ def _geometry(spec: Spec, program: source.Program, band: Band) -> list[str]:
     u_in, v_in, u_out, v_out = (wi, x, wo, x) if band.steep else (x, wi, x, wo)
     reach, drift = 16 * spec.tiles, f"{band.advance}, {band.phase}"
     start = "first" if spec.last else "begin"
+    gap = "0" if spec.last else "1"
+    for along, far in band.across:
+        gap = f"longest > {along} ? {far} : {gap}"
     return [
         f"const int us = ({us_out} - {phase_u} + {so - 1}) / {so}, vs = ({vs_out} - {phase_v} + {so - 1}) / {so};",
         f"const int u0 = strip * {reach};",
         "if (u0 >= us || vs <= 0) break;",
-        # Images lie this many lines apart: no tap reaches from one into another.
-        f"const int lines = max({vs_in}, vs) + {max(band.across, 0 if spec.last else 1)};",
+        # Images lie so many lines apart that no tap reaches from one into another (`Band.gap`).
+        f"const int longest = max({us_in}, us), lines = max({vs_in}, vs) + ({gap});",
         f"const Side out(2u * jump * ho * wo * C, {so} * {u_out} * 2ll, {so} * {v_out} * 2u, us, vs, lines, N);",
         # Where both sides are the same, the compiler should know.
         "const Side& in = out;"
@@ -954,7 +983,7 @@ def _source(spec: Spec) -> str:
         tables += written[0]
         cases += [f"case {number}: {{", *_geometry(spec, program, band), *written[1], "break; }"]
     defines = {
-        "K": spec.kernel_size,
+        "K": spec.weights,
         "VECTOR": spec.vector,
         "CHANNELS": spec.channels,
         "TEAM": spec.team,
@@ -995,7 +1024,7 @@ def _source(spec: Spec) -> str:
         _PRODUCTS,
         *tables,
         f"""
-extern "C" __global__ void __launch_bounds__(THREADS, 1) oriented_{spec.kind}(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) {spec.functions["run"]}(
     {head}
     const int* __restrict__ table, i64 N_, i64 C_, i64 hi_, i64 wi_, i64 ho_, i64 wo_, i64 by_image{tail})
 {{

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 
@@ -52,6 +53,9 @@ class Spec:
         angles: the distinct angles of the layer, radians.
         length: outputs of a tile.
         block: what a block works on.
+        phase_rows: of an adjoint, the rows of the stride's grid of phases that it computes: ``i`` stands for the rows
+            ``i``, ``i + stride``, ... of the images.
+        square: the kernel has two dimensions, ``kernel_size`` by ``kernel_size`` (``mma.py`` only).
     """
 
     kind: str
@@ -63,6 +67,8 @@ class Spec:
     angles: tuple[float, ...]
     length: int
     block: Blocks
+    phase_rows: tuple[int, ...] = ()
+    square: bool = False
 
     @property
     def text(self) -> str:
@@ -95,9 +101,12 @@ class Program:
 def programs(spec: Spec) -> tuple[Program, ...]:
     result = []
     for angle in spec.angles:
-        offsets = geometry.kernel_taps(angle, spec.kernel_size)
-        s = spec.stride
-        for phase in np.ndindex(s, s) if spec.kind == "adjoint" else [(0, 0)]:
+        reach, s = (spec.kernel_size - 1) // 2, spec.stride
+        if spec.square:
+            offsets = np.argwhere(np.ones((spec.kernel_size, spec.kernel_size))) - reach
+        else:
+            offsets = geometry.kernel_taps(angle, spec.kernel_size)
+        for phase in itertools.product(spec.phase_rows, range(s)) if spec.kind == "adjoint" else [(0, 0)]:
             classes: dict[tuple[int, int], list[int]] = {}
             for t, (dy, dx) in enumerate(offsets.tolist()):
                 if spec.kind != "adjoint":
