@@ -158,7 +158,7 @@ class ImageClassifier(L.LightningModule):
                         f"trainer.precision: a moving average needs float32 weights, got {self.trainer.precision}; "
                         "use bf16-mixed, or --model.ema_decay null"
                     )
-                self.ema = _average(self.model, self.ema_decay)
+                self.ema = _average(self.model, self.ema_decay, isinstance(self.trainer.strategy, FullySharded))
             self.class_names = data.class_names
             accumulated = self.trainer.accumulate_grad_batches
             if self.compiled in ("reduce-overhead", "max-autotune") and accumulated > 1:
@@ -242,7 +242,8 @@ class ImageClassifier(L.LightningModule):
             self.ema = _average(self.model, 0.0) if has_ema else None
 
 
-def _average(model: nn.Module, decay: float) -> ModelEmaV3:
-    ema = ModelEmaV3(model, decay)
+def _average(model: nn.Module, decay: float, sharded: bool = False) -> ModelEmaV3:
+    # PyTorch takes no list of tensors of which some (weights) are sharded and some (angles) are not.
+    ema = ModelEmaV3(model, decay, foreach=not sharded)
     ema.requires_grad_(False)  # DDP would wait for its gradients
     return ema

@@ -28,7 +28,7 @@ def draw(image: Tensor, found: Detections, names: list[str], shown: float) -> Te
     masks = paste(found.masks[sure].cpu(), boxes, (image.shape[1], image.shape[2]))
     image = draw_segmentation_masks(image, masks, alpha=0.45, colors=colours)
     texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    return draw_bounding_boxes(image, boxes, texts, colours, width=2)
+    return draw_bounding_boxes(image, boxes, texts, colours, width=2, label_colors="white", fill_labels=True)
 
 
 class PredictionWriter(FolderWriter):

@@ -251,11 +251,14 @@ class Progress(TQDMProgressBar):
 
     The bar shows in terminals only; the lines go into log files as well. The data module tells the images of a batch
     with ``batch_size``.
+
+    Args:
+        bar: show the bar; the lines come in any case.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bar: bool = True) -> None:
         # Each refresh shows the loss, for which the host waits for the device.
-        super().__init__(refresh_rate=10 if sys.stdout.isatty() else 0)
+        super().__init__(refresh_rate=10 if bar and sys.stdout.isatty() else 0)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -433,12 +436,13 @@ class ChannelsLast(Callback):
 
 
 class LeanDDP(Callback):
-    """Keeps DDP from three things that cost the host time.
+    """Keeps DDP from four things that cost time.
 
     It would send the angles of oriented layers, which never change, to all processes before each step, and a layer
     whose angles were written reads them back. It would copy each gradient back from where they are averaged together.
-    And Lightning lets it sum up gradients in a side stream, for captured steps, so that each of them waits for the
-    stream of the backward pass.
+    It would average the gradients of a compiled network in several messages, to begin before the backward pass ends:
+    but they are all there at once. And Lightning lets it sum up gradients in a side stream, for captured steps, so that
+    each of them waits for the stream of the backward pass.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -447,7 +451,10 @@ class LeanDDP(Callback):
         if isinstance(strategy, DDPStrategy):
 
             def wrapped(model: nn.Module) -> DistributedDataParallel:
-                options = {"gradient_as_bucket_view": True} | strategy._ddp_kwargs
+                options: dict[str, Any] = {"gradient_as_bucket_view": True}
+                if getattr(pl_module, "compiled", False):
+                    options["bucket_cap_mb"] = 1000
+                options |= strategy._ddp_kwargs
                 return DistributedDataParallel(model, device_ids=strategy.determine_ddp_device_ids(), **options)
 
             strategy._setup_model = wrapped  # type: ignore[method-assign]

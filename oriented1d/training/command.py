@@ -65,7 +65,7 @@ class Command(LightningCLI):
             trainer_defaults={
                 "default_root_dir": "runs",
                 "enable_model_summary": False,
-                "callbacks": [ChannelsLast(), LeanDDP(), Summary(), Progress(), RandomStates()],
+                "callbacks": [ChannelsLast(), LeanDDP(), Summary(), RandomStates()],
             },
             seed_everything_default=0,
             # An ArgumentError instead of three lines of usage and the end of the process; no guessing of options.
@@ -121,6 +121,8 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         trainer = self._get(self.config_init, "trainer")
         callbacks = self.trainer_defaults["callbacks"]
+        callbacks.append(Progress(bar=trainer.enable_progress_bar is not False))
+        kwargs["enable_progress_bar"] = True  # Lightning refuses the callback, which logs and prints too, without it
         if self.subcommand == "fit":
             root = os.path.abspath(trainer.default_root_dir)
             check_writable(root, "trainer.default_root_dir")

@@ -66,6 +66,14 @@ def test_compiled_training_gives_the_same_checkpoint(tmp_path: Path, monkeypatch
     assert any(row["train/images_per_second"] for row in rows)
 
 
+def test_without_a_bar_the_numbers_are_logged_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path, "--model.compile=false", "--trainer.enable_progress_bar=false")
+    with (tmp_path / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert any(row["train/lr"] for row in rows)
+    assert "epoch 2/2  train/loss" in capsys.readouterr().out
+
+
 class Reads(TorchDispatchMode):
     """Counts the numbers that the host reads out of tensors."""
 
@@ -109,11 +117,16 @@ def test_cuda_graphs_are_not_for_accumulated_gradients(tmp_path: Path, capsys: p
 
 @pytest.mark.gpu
 def test_training_with_cuda_graphs_gives_the_same_checkpoint(tmp_path: Path) -> None:
-    options = ["--trainer.accelerator=gpu", "--trainer.devices=1"]
+    # AdamW takes a whole step where a gradient is nothing but rounding errors; this optimizer does not.
+    # And recorded steps draw other random numbers.
+    options = ["--trainer.accelerator=gpu", "--trainer.devices=1", "--model.drop_path_rate=0"]
+    options += ["--model.optimizer=sgd", "--model.lr=0.05"]
     plain = run(tmp_path / "plain", *options, "--model.compile=false")
     fast = run(tmp_path / "graphs", *options, "--model.compile=reduce-overhead")
-    for name, value in plain["state_dict"].items():  # steps are about 4e-3
-        torch.testing.assert_close(fast["state_dict"][name], value, rtol=1e-3, atol=1e-4)
+    for name, value in plain["state_dict"].items():
+        torch.testing.assert_close(fast["state_dict"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+    weight = "stages.3.0.pwconv2.weight"  # the moving average is still where the weights began
+    assert (plain["state_dict"][f"model.{weight}"] - plain["state_dict"][f"ema.module.{weight}"]).abs().max() > 1e-3
 
 
 @pytest.mark.gpu

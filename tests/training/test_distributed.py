@@ -12,12 +12,16 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from oriented1d.classification import ImageClassifier, ImageData
+from oriented1d.classification.module import _average
 from oriented1d.cli import main
 from oriented1d.layers import OrientedConv1d
 from oriented1d.segmentation import SegmentationData, SemanticSegmenter
 from oriented1d.training.callbacks import LeanDDP
+from oriented1d.training.sharding import shard
 from tests.classification.conftest import write_images
 from tests.segmentation.conftest import mosaic
 
@@ -184,6 +188,28 @@ def test_sharded_weights_are_those_of_one_process(tmp_path: Path, capsys: pytest
             torch.testing.assert_close(moment, other, rtol=1e-3, atol=1e-6)
     assert main(["fit", *several, "--model=oriented1d.segmentation.SemanticSegmenter"]) == 1
     assert "trainer.strategy: expected ddp, got fsdp" in capsys.readouterr().err
+
+
+def test_moving_average_of_sharded_weights_and_whole_buffers(tmp_path: Path) -> None:
+    """Angles of oriented layers, like the statistics here, are not sharded."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        ema = _average(model, 0.75, sharded=True)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        mesh = init_device_mesh("cpu", (1,))
+        for network in (model, ema.module):
+            shard(network, mesh)
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(2)
+        ema.update(model)
+        for name, value in ema.module.state_dict().items():
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            moved = 2 if name.endswith("num_batches_tracked") else 0.5
+            torch.testing.assert_close(value, before[name] + moved, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def by_group(optimizer: dict[str, Any]) -> dict[str, tuple[float, list[Tensor]]]:
