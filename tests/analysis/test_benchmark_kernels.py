@@ -30,6 +30,7 @@ def case(mode: str = "inference", dtype: str = "bfloat16") -> Case:
         ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN", PRODUCTS),
         ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_64x128>", PRODUCTS),
         ("void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel<7>", DEPTHWISE),
+        ("depthwise_conv2d", DEPTHWISE),
         ("Memset (Device)", OTHER),
     ],
 )

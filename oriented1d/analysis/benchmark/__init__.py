@@ -1,4 +1,4 @@
-"""Speed, measured side by side: ``oriented1d benchmark operator``, ``table5``, ``network``, ``kernels``,
+"""Speed, measured side by side: ``oriented1d benchmark operator``, ``table5``, ``depthwise``, ``network``, ``kernels``,
 ``segmentation``, ``detection`` and ``input``."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from oriented1d.analysis.benchmark import dense, input, kernels, network, operator
+from oriented1d.analysis.benchmark import dense, depthwise, input, kernels, network, operator
 from oriented1d.analysis.benchmark.results import environment, print_table, write_csv
 from oriented1d.training.errors import UserError
 from oriented1d.training.files import check_writable
@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     table5.add_argument("--kernel-sizes", type=_positive, nargs="+", default=[7, 15, 31])
     table5.add_argument("--batch", type=_positive, default=64)
     table5.add_argument("--channels", type=_positive, default=512)
+    square = commands.add_parser("depthwise", help="depthwise layers with 2D kernels, channels_last, beside PyTorch's")
+    square.add_argument("--shapes", type=_shape, nargs="+", metavar="NxCxHxW", help="images (default: by device)")
+    square.add_argument("--kernel-size", type=_positive, default=7)
+    square.add_argument("--dtypes", nargs="+", choices=operator.DTYPES, default=["bfloat16"])
     net = commands.add_parser("network", help="images per second and memory of whole networks")
     parts = commands.add_parser("kernels", help="where the time of a network goes on a GPU, beside the least it can be")
     for command in (net, parts):
@@ -86,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--changing-sizes", type=int, default=0, help="steps with changing sizes, timed twice")
         tasks.append(command)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    for command, runs in ((layer, 15), (table5, 15), *((command, 30) for command in (net, parts, *tasks))):
+    for command, runs in (
+        (layer, 15),
+        (table5, 15),
+        (square, 15),
+        *((command, 30) for command in (net, parts, *tasks)),
+    ):
         command.add_argument("--device", type=_device, default=default_device, help="default: cuda, if there is one")
         command.add_argument("--runs", type=_positive, default=runs, help="timed runs of each (default: %(default)s)")
     for command in (layer, table5, net):
@@ -98,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--workers", type=_positive, nargs="+", default=[1, 2], help="(default: 1 2)")
     data.add_argument("--gpu-rate", type=_positive, default=4000, help="images/s of training (default: %(default)s)")
     data.set_defaults(device=torch.device("cpu"))
-    for command in (layer, table5, net, parts, *tasks, data):
+    for command in (layer, table5, square, net, parts, *tasks, data):
         command.add_argument("--output", metavar="CSV", help="CSV file to write")
     parser.set_defaults(plot=None)
     return parser
@@ -125,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = {
         "operator": operator.run,
         "table5": operator.run_table5,
+        "depthwise": depthwise.run,
         "network": network.run,
         "kernels": kernels.run,
         "input": input.run,
