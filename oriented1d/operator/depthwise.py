@@ -49,8 +49,8 @@ def depthwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
     Args:
         input: ``(N, C, H, W)`` in channels_last.
-        weight: ``(C, 1, K, K)``, K odd.
-        bias: ``(C,)`` or None.
+        weight: ``(C, 1, K, K)``, K odd; of the dtype of ``input``, or float32 beside 16 bits.
+        bias: ``(C,)`` or None; as ``weight``.
 
     Returns:
         ``(N, C, H, W)`` in channels_last, in the dtype of ``input`` or autocast's; sums are float32.
@@ -70,7 +70,9 @@ def _reference(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.impl(_library, "depthwise_conv2d", "CompositeExplicitAutograd")
 def _impl_conv(input, weight, bias):
-    if input.is_cuda and _runs(input, weight):
+    kernel = input.is_cuda and _runs(input, weight)
+    weight, bias = library.parameters(input, weight, bias, wide=kernel)
+    if kernel:
         from oriented1d.operator import cuda
 
         return cuda.depthwise(input, weight, bias, False)
@@ -79,7 +81,9 @@ def _impl_conv(input, weight, bias):
 
 @torch.library.impl(_library, "depthwise_conv2d_grad_input", "CompositeExplicitAutograd")
 def _impl_grad_input(grad_output, weight):
-    if grad_output.is_cuda and _runs(grad_output, weight):
+    kernel = grad_output.is_cuda and _runs(grad_output, weight)
+    weight, _ = library.parameters(grad_output, weight, None, wide=kernel)
+    if kernel:
         from oriented1d.operator import cuda
 
         return cuda.depthwise(grad_output, weight, None, True)
@@ -112,6 +116,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     mask = [needed[0] and again, needed[1], needed[2] and ctx.has_bias]
     others: Any = None, None, None
     if any(mask):
+        if weight.dtype != input.dtype:
+            # Only the gradient of the input depends on its values.
+            weight = weight.to(input.dtype) if mask[0] else torch.empty_like(weight, dtype=input.dtype)
         how = [1, 1], [pad, pad], [1, 1], False, [0, 0], channels
         others = torch.ops.aten.convolution_backward(grad_output, input, weight, [channels], *how, mask)
     return others[0] if again else of_input, others[1], others[2]

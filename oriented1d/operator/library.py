@@ -10,6 +10,8 @@ in its tensors, and the derivative of each is made of the other two, so derivati
 Angles reach them in one of two ways: as ``directions`` (the runs of :class:`oriented1d.geometry.Directions`: constants
 of a compiled or exported graph), or as the tensor ``theta``, which is read on the host when the operator runs.
 
+Beside images of 16 bits, weight and bias may be float32 (:func:`parameters`): an autocast call casts its images only.
+
 A call takes one of two roads. PyTorch's dispatcher is open to everything, but takes several times as long on the host
 as the launch of a kernel. Where only autograd and autocast would act on the way (:func:`_is_plain`), :func:`conv` and,
 in its backward pass, :func:`grad_input` and :func:`grad_weight` call the backend themselves. All else is the same on
@@ -59,6 +61,9 @@ _ops = torch.ops.oriented1d
 _conv = _ops.oriented_conv1d.default
 _grad_input = _ops.oriented_conv1d_grad_input.default
 _grad_weight = _ops.oriented_conv1d_grad_weight.default
+
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 # Backends ------------------------------------------------------------------------------------------------------------
@@ -125,10 +130,11 @@ def _run_conv(
     recorded: bool = False,
 ) -> Tensor:
     taps = geometry.layer_taps(layer, weight.shape[-1])
-    _check(input, weight, "weight", taps)
+    _check_channels(input, taps)
     backend = backend_for(input, taps, stride)
+    weight, bias = parameters(input, weight, bias, wide=_rounds(backend))
     if recorded and input.is_cuda and backend is not portable:
-        backend.expect_gradients(input, taps, stride)
+        backend.expect_gradients(input, weight, taps, stride)
     return backend.forward(input, _matrix(weight), bias, taps, stride, residual)
 
 
@@ -143,8 +149,9 @@ def _run_grad_input(
     channels_last: bool,
 ) -> Tensor:
     taps = geometry.layer_taps(layer, weight.shape[-1])
-    _check(grad_output, weight, "weight", taps)
+    _check_channels(grad_output, taps)
     backend = backend_for(grad_output, taps, stride)
+    weight, _ = parameters(grad_output, weight, None, wide=_rounds(backend))
     return backend.grad_input(grad_output, _matrix(weight), taps, height, width, stride, residual, channels_last)
 
 
@@ -152,16 +159,46 @@ def _run_grad_weight(
     grad_output: Tensor, input: Tensor, layer: geometry.Directions, kernel_size: int, stride: int, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
     taps = geometry.layer_taps(layer, kernel_size)
-    _check(grad_output, input, "input", taps)
+    _check_channels(grad_output, taps)
+    if input.dtype != grad_output.dtype:
+        raise _wrong_dtype("input", input, grad_output)
     return backend_for(input, taps, stride).grad_weight(grad_output, input, taps, stride, with_bias)
 
 
-def _check(first: Tensor, second: Tensor, name: str, taps: geometry.LayerTaps) -> None:
-    # What a traced or autocast call can only know once it runs.
-    if second.dtype != first.dtype:
-        raise TypeError(f"{name}: expected the dtype of the images, {first.dtype}, got {second.dtype}")
-    if taps.channels != first.shape[1]:
-        raise ValueError(f"angles: expected one for each of the {first.shape[1]} channels, got {taps.channels}")
+# What a traced or autocast call can only know once it runs.
+
+
+def _check_channels(images: Tensor, taps: geometry.LayerTaps) -> None:
+    if taps.channels != images.shape[1]:
+        raise ValueError(f"angles: expected one for each of the {images.shape[1]} channels, got {taps.channels}")
+
+
+def _wrong_dtype(name: str, tensor: Tensor, images: Tensor) -> TypeError:
+    return TypeError(f"{name}: expected the dtype of the images, {images.dtype}, got {tensor.dtype}")
+
+
+def _rounds(backend: ModuleType) -> bool:
+    """Whether a backend rounds float32 parameters to the dtype of the images itself, as CUDA kernels do."""
+    return backend is not portable and backend is not cpu
+
+
+def parameters(images: Tensor, weight: Tensor, bias: Tensor | None, wide: bool) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in one dtype: that of the images or, with ``wide``, float32 where the weight is.
+
+    Raises:
+        TypeError: one has neither the dtype of the images, nor is it float32 beside images of 16 bits.
+    """
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None or tensor.dtype == images.dtype:
+            continue
+        if tensor.dtype != torch.float32 or images.dtype not in LOW_PRECISION:
+            raise _wrong_dtype(name, tensor, images)
+    dtype = weight.dtype if wide else images.dtype
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return weight, bias
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -314,16 +351,23 @@ def computed_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def in_low_precision(call: Callable[..., Tensor], device_type: str, *arguments: Any) -> Tensor:
-    """Compute in the low precision that is in force, as convolutions do (sums are float32 in every backend)."""
-    dtype = torch.get_autocast_dtype(device_type)
+def in_low_precision(
+    call: Callable[..., Tensor], device_type: str, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    """Compute in the low precision that is in force, as convolutions do (sums are float32 in every backend).
 
-    def low(tensor: Tensor | None) -> Tensor | None:
-        eligible = tensor is not None and tensor.device.type == device_type and tensor.dtype != torch.float64
-        return tensor.to(dtype) if tensor is not None and eligible else tensor
+    Parameters in float32 stay as they are: the operator rounds them.
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+    kept = (torch.float64, torch.float32) if dtype in LOW_PRECISION else (torch.float64,)
+
+    def low(tensor: Tensor | None, kept: tuple[torch.dtype, ...]) -> Tensor | None:
+        if tensor is None or tensor.device.type != device_type or tensor.dtype in kept:
+            return tensor
+        return tensor.to(dtype)
 
     with torch.autocast(device_type, enabled=False):
-        return call(*map(low, arguments[:3]), *arguments[3:])
+        return call(low(input, (torch.float64,)), low(weight, kept), low(bias, kept), *rest)
 
 
 AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}

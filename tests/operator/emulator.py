@@ -126,6 +126,7 @@ class Emulation:
         capability: the compute capability.
         memory: bytes of shared memory that a block can have.
         order: in which blocks, warps and lanes run.
+        begun: what was begun to be compiled, in this order.
         launched: what the kernels that ran were compiled from.
     """
 
@@ -134,12 +135,14 @@ class Emulation:
         self.capability = (9, 0)
         self.memory = 232448
         self.order = ASCENDING
+        self.begun: list[compiler.Source] = []
         self.launched: list[compiler.Source] = []
         self._folder, self._pool = folder, pool
         self._libraries: dict[str, Future[ctypes.CDLL]] = {}
         self._tensors: list[tuple[Tensor, int]] = []
 
     def begin(self, spec: compiler.Source, device: torch.device | None = None) -> Future[ctypes.CDLL]:
+        self.begun.append(spec)
         major, minor = self.capability
         text = f"#define __CUDA_ARCH__ {major}{minor}0\n" + translate(spec)
         if text not in self._libraries:

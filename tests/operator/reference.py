@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -59,3 +60,16 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     expected = expected.detach().to("cpu", torch.float64)
     error = (actual.detach().to("cpu", torch.float64) - expected).norm() / expected.norm().clamp_min(1e-30)
     return float("inf") if error.isnan() else error.item()
+
+
+def kernels(call: Callable[[], object]) -> list[str]:
+    """What runs on a GPU in a call that has been made before."""
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = profile.events() or ()
+    on_device = torch.autograd.DeviceType.CUDA
+    return [event.name for event in events if event.device_type == on_device and not event.is_user_annotation]

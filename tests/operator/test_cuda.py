@@ -13,17 +13,20 @@ import torch
 
 from oriented1d import OrientedConv1d, geometry, oriented_conv1d, use_backend
 from oriented1d.operator import portable
-from tests.operator.reference import relative_error
+from tests.operator.reference import kernels, relative_error
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90"])
-@pytest.mark.parametrize("kind", ["gather", "adjoint", "weight"])
+@pytest.mark.parametrize(
+    ("kind", "wide"),
+    [("gather", False), ("gather", True), ("adjoint", False), ("adjoint", True), ("weight", False)],
+)
 @pytest.mark.parametrize("last", [False, True])
 def test_kernels_compile_without_a_gpu(
-    architecture: str, kind: str, last: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, kind: str, wide: bool, last: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cuda.core")
     from oriented1d.operator import cuda
@@ -34,7 +37,9 @@ def test_kernels_compile_without_a_gpu(
     dtype = torch.bfloat16 if last else torch.float16
     angles = tuple(geometry.layer_angles(8).tolist()[:3])
     stride = 2 if kind == "adjoint" else 1
-    spec, shared = cuda._spec(kind, last, dtype, 7, stride, angles, True, 16, 56, 112, memory)
+    part = cuda._Part(angles, (0, 1) if kind == "adjoint" else ())
+    spec, shared = cuda._spec(kind, last, dtype, 7, stride, part, True, 16, 56, 112, memory, wide)
+    assert spec.wide == wide
     assert shared <= memory
     assert all(f" {name}(" in spec.text for name in spec.functions.values())
     first = compiler.machine_code(spec, architecture)
@@ -52,7 +57,7 @@ def test_an_unwritable_cache_only_costs_time(tmp_path, monkeypatch: pytest.Monke
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     monkeypatch.setenv("ORIENTED1D_CACHE", str(blocked / "cache"))
-    spec, _ = cuda._spec("gather", True, torch.float32, 3, 1, (0.0,), True, 8, 7, 7, 65536)
+    spec, _ = cuda._spec("gather", True, torch.float32, 3, 1, cuda._Part((0.0,), ()), True, 8, 7, 7, 65536)
     with pytest.warns(UserWarning, match="compiled kernels are not kept"):
         code = compiler.machine_code(spec, "sm_80")
     assert bytes(code.code)[:4] == b"\x7fELF"
@@ -88,7 +93,8 @@ def test_a_frame_holds_every_pixel_that_a_tile_reads(kernel_size: int, height: i
 
     angles = tuple(geometry.layer_angles(8).tolist())
     image = max(height, width)
-    spec, _ = cuda._spec("gather", last, torch.float32, kernel_size, 1, angles, True, 8, image, image, 232448)
+    part = cuda._Part(angles, ())
+    spec, _ = cuda._spec("gather", last, torch.float32, kernel_size, 1, part, True, 8, image, image, 232448)
     if not spec.block.region:
         pytest.skip("large images in channels_last lie in strips")
     numbers, threads, _ = source.planar_layout(spec)
@@ -249,20 +255,25 @@ def test_views(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_forward_pass_begins_to_compile_all_of_the_backward_pass(dtype: torch.dtype, fmt: str, stride: int) -> None:
+def test_the_forward_pass_begins_to_compile_all_of_the_backward_pass(
+    dtype: torch.dtype, autocast: bool, fmt: str, stride: int
+) -> None:
     from oriented1d.operator.cuda import compiler
 
     angles = torch.full((16,), 0.1 + 0.01 * torch.rand(()).item()).double()  # no other test has compiled it
     x = torch.randn(2, 16, 20, 20, device="cuda", dtype=dtype).to(memory_format=FORMATS[fmt])
-    w = torch.randn(16, 7, device="cuda", dtype=dtype)
+    w = torch.randn(16, 7, device="cuda", dtype=torch.float32 if autocast else dtype)
     before = len(compiler._codes)
-    with torch.no_grad():
-        oriented_conv1d(x, w, angles, stride=stride)
-    assert len(compiler._codes) == before + 1
-    y = oriented_conv1d(x.requires_grad_(), w.requires_grad_(), angles, stride=stride)
+    with torch.autocast("cuda", dtype, enabled=autocast):
+        with torch.no_grad():
+            oriented_conv1d(x, w, angles, stride=stride)
+        assert len(compiler._codes) == before + 1
+        y = oriented_conv1d(x.requires_grad_(), w.requires_grad_(), angles, stride=stride)
     begun = set(compiler._codes)
     assert len(begun) > before + 1
     y.sum().backward()
@@ -381,6 +392,40 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert relative_error(y, z) < 2 * TOLERANCE[dtype]
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 64, 30, 28), (2, 24, 70, 9), (2, 96, 14, 14)])
+def test_autocast_is_casting_by_hand(
+    dtype: torch.dtype, fmt: str, stride: int, shape: tuple[int, int, int, int]
+) -> None:
+    x = torch.randn(shape, device="cuda").to(memory_format=FORMATS[fmt])
+    w, b = torch.randn(shape[1], 31, device="cuda"), torch.randn(shape[1], device="cuda")
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    angles, how = geometry.layer_angles(shape[1]), {"stride": stride, "residual": True}
+    with torch.autocast("cuda", dtype):
+        y = oriented_conv1d(x, w, angles, b, **how)
+    low = [t.to(dtype) for t in leaves]
+    expected = oriented_conv1d(low[0], low[1], angles, low[2], **how)
+    g = torch.randn_like(y)
+    ours, theirs = ([z, *torch.autograd.grad(z, leaves, g)] for z in (y, expected))
+    assert [t.dtype for t in ours] == [dtype, *[torch.float32] * 3]
+    for a, e in zip(ours, theirs, strict=True):
+        assert torch.equal(a, e)
+        assert a.abs().sum() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_autocast_call_is_one_kernel(fmt: str, stride: int) -> None:
+    layer = OrientedConv1d(64, 31, stride=stride).cuda()
+    x = torch.randn(2, 64, 28, 28, device="cuda", dtype=torch.bfloat16).to(memory_format=FORMATS[fmt])
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        assert kernels(lambda: layer(x)) == ["oriented_gather"]
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from oriented1d.layers import DepthwiseConv2d
 from oriented1d.operator import cuda, depthwise
 from oriented1d.operator.cuda import mma
 from tests.operator.emulator import ASCENDING, COMPILER, DESCENDING, Emulation, emulated
-from tests.operator.reference import inside_nan, relative_error
+from tests.operator.reference import inside_nan, kernels, relative_error
 
 BF16, HALF = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 4e-3, HALF: 6e-4}
@@ -59,6 +59,19 @@ def test_kernel_in_the_emulator(
     assert all(isinstance(spec, mma.Spec) and spec.square for spec in emulation.launched)
 
 
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize(("kernel_size", "dtype"), [(7, BF16), (3, HALF)])
+def test_float32_parameters_give_the_bits_of_rounded_ones(
+    emulation: Emulation, kernel_size: int, dtype: torch.dtype
+) -> None:
+    x = inside_nan(SHAPES[0], dtype, True)
+    weight, bias = parameters(SHAPES[0][1], kernel_size, torch.float32)
+    for reverse, b in ((False, bias), (True, None)):
+        rounded = cuda.depthwise(x, weight.to(dtype), None if b is None else b.to(dtype), reverse)
+        assert torch.equal(cuda.depthwise(x, weight, b, reverse), rounded)
+    assert [spec.wide for spec in emulation.launched] == [False, True, False, True]
+
+
 @pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("side", [7, 14, 28, 56, 200])
 def test_there_is_a_kernel_for_every_size(kernel_size: int, side: int) -> None:
@@ -82,6 +95,63 @@ def test_operator_is_the_convolution_with_all_its_derivatives() -> None:
     torch.library.opcheck(torch.ops.oriented1d.depthwise_conv2d_grad_input, (x.detach(), weight.detach()))
     assert torch.autograd.gradcheck(depthwise.depthwise_conv2d, (x, weight, bias))
     assert torch.autograd.gradgradcheck(depthwise.depthwise_conv2d, (x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [BF16, HALF])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_is_casting_by_hand(dtype: torch.dtype, compiled: bool) -> None:
+    x = torch.randn(2, 6, 9, 8).contiguous(memory_format=LAST)
+    tensors = [x, *parameters(6, 5, torch.float32)]
+    leaves, others = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    run = depthwise.depthwise_conv2d
+    with torch.autocast("cpu", dtype):
+        y = (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(*leaves)
+    expected = run(*(t.to(dtype) for t in others))
+    assert y.dtype == dtype
+    ours, theirs = (
+        [z, *torch.autograd.grad(z.float().sin().sum(), all_, retain_graph=True)]
+        for z, all_ in ((y, leaves), (expected, others))
+    )
+    assert all(g.dtype == torch.float32 for g in ours[1:])
+    for a, e in zip(ours, theirs, strict=True):
+        assert torch.equal(a, e)
+        assert a.stride() == e.stride()
+        assert a.abs().sum() > 0
+    # Only of the weight: PyTorch's convolution of the gradients has nothing to read in it.
+    assert torch.equal(torch.autograd.grad(y.float().sin().sum(), leaves[1])[0], theirs[2])
+
+
+def test_double_backward_of_float32_parameters_beside_16_bits() -> None:
+    x = torch.randn(2, 6, 9, 8).bfloat16().contiguous(memory_format=LAST)
+    results = []
+    for cast in (torch.float32, BF16):
+        torch.manual_seed(1)
+        leaves = [x.clone().requires_grad_(), *(t.requires_grad_() for t in parameters(6, 5, torch.float32))]
+        y = depthwise.depthwise_conv2d(leaves[0], *(t.to(cast) for t in leaves[1:]))
+        first = torch.autograd.grad(y.float().sin().sum(), leaves, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves)])
+    for a, e in zip(*results, strict=True):
+        assert a.dtype == e.dtype
+        assert relative_error(a, e) < 1e-2
+        assert a.abs().sum() > 0
+
+
+def test_parameters_of_other_dtypes() -> None:
+    x = torch.randn(2, 6, 9, 8).bfloat16().contiguous(memory_format=LAST)
+    weight, bias = parameters(6, 5, torch.float32)
+    torch.library.opcheck(
+        torch.ops.oriented1d.depthwise_conv2d,
+        (x, weight.requires_grad_(), bias.requires_grad_()),
+        atol=1e-2,
+        rtol=1e-2,
+    )
+    torch.library.opcheck(torch.ops.oriented1d.depthwise_conv2d_grad_input, (x, weight.detach()))
+    with pytest.raises(TypeError, match=r"weight: .*bfloat16, got torch\.float64"):
+        depthwise.depthwise_conv2d(x, weight.double(), None)
+    with pytest.raises(TypeError, match=r"bias: .*bfloat16, got torch\.float16"):
+        depthwise.depthwise_conv2d(x, weight, bias.half())
+    with pytest.raises(TypeError, match=r"weight: .*float32, got torch\.bfloat16"):
+        depthwise.depthwise_conv2d(x.float(), weight.bfloat16(), None)
 
 
 def test_layer_is_the_convolution_where_there_is_no_kernel() -> None:
@@ -110,7 +180,15 @@ def test_what_has_no_kernel(dtype: torch.dtype, channels: int, kernel_size: int,
 @pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("dtype", [BF16, HALF])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_layer_on_a_gpu(shape: tuple[int, int, int, int], kernel_size: int, dtype: torch.dtype, compiled: bool) -> None:
+def test_layer_on_a_gpu(
+    shape: tuple[int, int, int, int],
+    kernel_size: int,
+    dtype: torch.dtype,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # PyTorch 2.11 keeps compiled graphs on disk under keys that do not hold the dtype of autocast.
+    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
     layer = DepthwiseConv2d(shape[1], kernel_size).cuda().to(memory_format=LAST)
     x = inside_nan(shape, torch.float32, True).cuda().contiguous(memory_format=LAST).requires_grad_()
     g = torch.randn(shape, device="cuda", dtype=dtype)
@@ -127,4 +205,27 @@ def test_layer_on_a_gpu(shape: tuple[int, int, int, int], kernel_size: int, dtyp
     wide = [t.detach().to(dtype).double().requires_grad_() for t in leaves]
     y64 = expected(*wide)
     for name, a, e in zip("yxwb", ours, [y64, *torch.autograd.grad(y64, wide, g.double())], strict=True):
-        assert relative_error(a, e) < TOLERANCE[dtype], name
+        # The gradient of the weight is cuDNN's: seen at 1.2e-3 in float16.
+        assert relative_error(a, e) < (4e-3 if name == "w" else TOLERANCE[dtype]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 96, 56, 56), (2, 64, 14, 13)])
+@pytest.mark.parametrize("dtype", [BF16, HALF])
+def test_autocast_on_a_gpu_is_casting_by_hand(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    layer = DepthwiseConv2d(shape[1], 7).cuda()
+    x = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=LAST).requires_grad_()
+    g = torch.randn_like(x)
+    leaves = [x, layer.weight, layer.bias]
+    with torch.autocast("cuda", dtype):
+        y = layer(x)
+    z = depthwise.depthwise_conv2d(*(t.to(dtype) for t in leaves))
+    ours, theirs = ([t, *torch.autograd.grad(t, leaves, g)] for t in (y, z))
+    assert [t.dtype for t in ours] == [dtype, dtype, torch.float32, torch.float32]
+    # The gradients of the parameters are cuDNN's, whose order of sums may change from run to run.
+    for a, e in zip(ours[:2], theirs[:2], strict=True):
+        assert torch.equal(a, e)
+    for a, e in zip(ours[2:], theirs[2:], strict=True):
+        assert relative_error(a, e) < TOLERANCE[dtype]
+    with torch.no_grad(), torch.autocast("cuda", dtype):
+        assert kernels(lambda: layer(x)) == ["depthwise_conv2d"]

@@ -56,7 +56,7 @@ def check(emulation: Emulation, case: Case) -> None:
     taps = geometry.layer_taps(geometry.directions(angles), kernel_size)
     x, g = inside_nan(shape, dtype, last), inside_nan((n, c, -(-h // stride), -(-w // stride)), dtype, last)
     weight, bias = torch.randn(c, kernel_size).to(dtype), torch.randn(c).to(dtype)
-    cuda.expect_gradients(x, taps, stride)  # compiles what the gradients need beside the forward pass
+    cuda.expect_gradients(x, weight, taps, stride)  # compiles what the gradients need beside the forward pass
 
     def results(order: int) -> list[Tensor]:
         emulation.order = order
@@ -129,6 +129,50 @@ def test_without_tensor_cores(emulation: Emulation, case: Case, capability: tupl
         emulation.memory = 65536
     check(emulation, case)
     assert not any(isinstance(spec, mma.Spec) for spec in emulation.launched)
+
+
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    [
+        (Case((9, 10, 16, 15), 1, 15, 1, BF16, False), (9, 0)),  # tensor cores
+        (Case((9, 37, 16, 17), 3, 7, 1, HALF, False), (9, 0)),
+        (Case((9, 8, 28, 30), 1, 15, 1, BF16, True), (9, 0)),
+        (Case((4, 12, 28, 31), 3, 7, 1, HALF, True), (9, 0)),
+        (Case((6, 8, 21, 40), 4, 7, 2, HALF, False), (9, 0)),  # planes; their adjoint on tensor cores
+        (Case((6, 32, 21, 40), 4, 7, 2, HALF, True), (9, 0)),  # strips; the same
+        (Case((5, 13, 14, 13), 3, 15, 1, HALF, False), (7, 5)),
+        (Case((3, 12, 20, 31), 3, 7, 1, BF16, True), (7, 5)),  # two channels a thread
+        (Case((3, 7, 20, 9), 3, 7, 3, HALF, True), (9, 0)),  # an adjoint without tensor cores
+    ],
+)
+def test_float32_parameters_give_the_bits_of_rounded_ones(
+    emulation: Emulation, case: Case, capability: tuple[int, int]
+) -> None:
+    shape, directions, kernel_size, stride, dtype, last = case
+    n, c, h, w = shape
+    emulation.capability = capability
+    taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(c, directions)), kernel_size)
+    x, g = inside_nan(shape, dtype, last), inside_nan((n, c, -(-h // stride), -(-w // stride)), dtype, last)
+    weight, bias = torch.randn(c, kernel_size), torch.randn(c)
+    of_input = "gather" if stride == 1 else "adjoint"
+    results = []
+    for parameters in ((weight, bias), (weight.to(dtype), bias.to(dtype))):
+        wide = parameters[0].dtype == FLOAT
+        emulation.begun.clear()
+        emulation.launched.clear()
+        cuda.expect_gradients(x, parameters[0], taps, stride)
+        assert {(spec.kind, spec.wide) for spec in emulation.begun} == {(of_input, wide), ("weight", False)}
+        results.append(
+            [
+                cuda.forward(x, *parameters, taps, stride, residual=True),
+                cuda.forward(x, parameters[0], None, taps, stride, residual=False),
+                cuda.grad_input(g, parameters[0], taps, h, w, stride, True, last),
+            ]
+        )
+        assert {(spec.kind, spec.wide) for spec in emulation.launched} == {("gather", wide), (of_input, wide)}
+    for float32, rounded in zip(*results, strict=True):
+        assert torch.equal(float32, rounded)
+        assert rounded.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ BAD = {
     "NaN angles": (lambda x, w: (x, w, ANGLES * float("nan")), {}, ValueError, "angles: expected finite radians"),
     "integer angles": (lambda x, w: (x, w, ANGLES.int()), {}, TypeError, "angles: .*int32"),
     "dtypes": (lambda x, w: (x, w.double(), ANGLES), {}, TypeError, "weight: expected .*float32, got torch.float64"),
+    "wide weight": (lambda x, w: (x.bfloat16(), w, ANGLES), {}, TypeError, "weight: .*bfloat16, got torch.float32"),
     "bias dtype": (lambda x, w: (x, w, ANGLES, torch.zeros(8).half()), {}, TypeError, "bias: .*float16"),
     "bias": (lambda x, w: (x, w, ANGLES, torch.zeros(7)), {}, ValueError, r"bias: expected shape \(8,\), got \(7,\)"),
     "devices": (lambda x, w: (x, w.to("meta"), ANGLES), {}, ValueError, "weight: expected the device .*cpu, got meta"),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from oriented1d import OrientedConv1d, geometry, oriented_conv1d
+from oriented1d import OrientedConv1d, geometry, oriented_conv1d, use_backend
 from oriented1d.operator import library
 from tests.operator import reference
 from tests.operator.reference import relative_error
@@ -29,11 +29,14 @@ def double(*size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", [RUNS, THETA], ids=["directions", "theta"])
 @pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(layer: tuple, fmt: torch.memory_format, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "parameters"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_opcheck(layer: tuple, fmt: torch.memory_format, dtype: torch.dtype, parameters: torch.dtype) -> None:
     x = torch.randn(2, 8, 9, 11).to(dtype).to(memory_format=fmt).requires_grad_()
-    w = torch.randn(8, 1, 1, 7).to(dtype).requires_grad_()
-    b = torch.randn(8).to(dtype).requires_grad_()
+    w = torch.randn(8, 1, 1, 7).to(parameters).requires_grad_()
+    b = torch.randn(8).to(parameters).requires_grad_()
     y = library._conv(x, w, b, *layer, 2, True)
     g = torch.randn_like(y).requires_grad_()
     is_last = fmt == torch.channels_last
@@ -137,11 +140,121 @@ def test_autocast_inside_compile() -> None:
     assert torch.equal(traced, eager)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "portable"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("road", ["short", "dispatcher", "compiled"])
+@pytest.mark.parametrize(("stride", "bias"), [(1, True), (2, False)])
+def test_autocast_is_casting_by_hand(
+    backend: str, dtype: torch.dtype, road: str, stride: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if road == "dispatcher":
+        monkeypatch.setattr(library, "_is_plain", lambda *_: False)
+    tensors = [torch.randn(2, 8, 9, 11), torch.randn(8, 1, 1, 7), *([torch.randn(8)] if bias else [])]
+    leaves, others = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+
+    def run(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+        return oriented_conv1d(x, w, LAYER, b, stride=stride, residual=True)
+
+    ours = torch.compile(run, fullgraph=True, backend="aot_eager") if road == "compiled" else run
+    with use_backend(backend):
+        with torch.autocast("cpu", dtype):
+            y = ours(*leaves)
+        z = run(*(t.to(dtype) for t in others))
+        results = [
+            [value, *torch.autograd.grad(value.float().sin().sum(), all_)] for value, all_ in ((y, leaves), (z, others))
+        ]
+    assert y.dtype == dtype
+    assert all(g.dtype == torch.float32 for g in results[0][1:])
+    for a, e in zip(*results, strict=True):
+        assert torch.equal(a, e)
+        assert a.stride() == e.stride()
+        assert a.abs().sum() > 0
+
+
+@pytest.mark.parametrize("road", ["short", "dispatcher"])
+def test_second_derivatives_under_autocast(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if road == "dispatcher":
+        monkeypatch.setattr(library, "_is_plain", lambda *_: False)
+    tensors = torch.randn(2, 8, 9, 11), torch.randn(8, 7), torch.randn(8)
+    results = []
+    for by_hand in (False, True):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        x, w, b = (t.bfloat16() for t in leaves) if by_hand else leaves
+        with torch.autocast("cpu", torch.bfloat16, enabled=not by_hand):
+            y = oriented_conv1d(x, w, LAYER, b)
+        first = torch.autograd.grad(y.float().sin().sum(), leaves, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    for a, e in zip(*results, strict=True):
+        assert a.dtype == e.dtype == torch.float32
+        assert a.abs().sum() > 0
+    of_weight = 4  # a sum of two, which are not rounded before they are added: the parameter is float32
+    for i, (a, e) in enumerate(zip(*results, strict=True)):
+        assert relative_error(a, e) < 4e-3 if i == of_weight else torch.equal(a, e)
+
+
+def test_the_operator_itself_gets_float32_parameters() -> None:
+    layer, x = OrientedConv1d(8, 7), torch.randn(2, 8, 9, 11, dtype=torch.bfloat16, requires_grad=True)
+    low, full = torch.bfloat16, torch.float32
+    with torch.autocast("cpu", low), Recorder() as recorder:
+        y = layer(x)
+    assert recorder.names == ["oriented1d.oriented_conv1d.default"]
+    assert recorder.dtypes == [[low, full, full]]
+    with Recorder() as recorder:
+        y.backward(torch.ones_like(y))
+    called = zip(recorder.names, recorder.dtypes, strict=True)
+    assert [dtypes for name, dtypes in called if "grad_input" in name] == [[low, full]]
+    layer.half()
+    with torch.autocast("cpu", low), Recorder() as recorder:
+        layer(x)  # of another dtype: cast before
+    assert recorder.names == ["aten._to_copy.default"] * 2 + ["oriented1d.oriented_conv1d.default"]
+    assert recorder.dtypes[-1] == [low] * 3
+
+
+def test_weight_and_bias_of_two_dtypes() -> None:
+    x, w, b = torch.randn(2, 8, 9, 11).bfloat16(), torch.randn(8, 7), torch.randn(8)
+    expected = library._conv(x, w.bfloat16(), b.bfloat16(), *RUNS, 1, False)
+    for weight, bias in ((w, b), (w, b.bfloat16()), (w.bfloat16(), b)):
+        assert torch.equal(library._conv(x, weight, bias, *RUNS, 1, False), expected)
+    assert [t.dtype for t in library.parameters(x, w, b.bfloat16(), wide=True)] == [torch.float32] * 2
+    assert [t.dtype for t in library.parameters(x, w.bfloat16(), b, wide=True)] == [torch.bfloat16] * 2
+    assert [t.dtype for t in library.parameters(x, w, b, wide=False)] == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "words"),
+    [
+        ((torch.bfloat16, torch.float64, None), r"weight: .*bfloat16, got torch\.float64"),
+        ((torch.bfloat16, torch.float16, None), r"weight: .*bfloat16, got torch\.float16"),
+        ((torch.float32, torch.bfloat16, None), r"weight: .*float32, got torch\.bfloat16"),
+        ((torch.float64, torch.float32, None), r"weight: .*float64, got torch\.float32"),
+        ((torch.bfloat16, torch.float32, torch.float64), r"bias: .*bfloat16, got torch\.float64"),
+        ((torch.bfloat16, torch.bfloat16, torch.float16), r"bias: .*bfloat16, got torch\.float16"),
+    ],
+)
+def test_parameters_of_other_dtypes(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None], words: str) -> None:
+    x, w = torch.randn(2, 8, 9, 11).to(dtypes[0]), torch.randn(8, 7).to(dtypes[1])
+    b = None if dtypes[2] is None else torch.randn(8).to(dtypes[2])
+    with pytest.raises(TypeError, match=words):
+        library._conv(x, w, b, *RUNS, 1, False)
+    if b is None:
+        with pytest.raises(TypeError, match=words):
+            library._grad_input(x, w, *RUNS, 9, 11, 1, False, False)
+
+
+def test_gradients_and_images_have_one_dtype() -> None:
+    x = torch.randn(2, 8, 9, 11)
+    with pytest.raises(TypeError, match=r"input: .*bfloat16, got torch\.float32"):
+        library._grad_weight(x.bfloat16(), x, *RUNS, 7, 1, False)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     x, w = double(1, 8, 6, 6), double(8, 5)
     with torch.autocast("cpu", torch.bfloat16):
         y = oriented_conv1d(x, w, LAYER)
-    assert y.dtype == torch.float64
+        assert y.dtype == torch.float64
+        for images, weight in ((x, w.float()), (x.float(), w)):
+            with pytest.raises(TypeError, match="weight: expected the dtype of the images"):
+                oriented_conv1d(images, weight, LAYER)
 
 
 def test_flops_count_two_for_a_multiply_add() -> None:
@@ -249,9 +362,11 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.dtypes: list[list[torch.dtype]] = []  # of the tensors among the arguments
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
+        self.dtypes.append([arg.dtype for arg in args if isinstance(arg, torch.Tensor)])
         return func(*args, **(kwargs or {}))
 
 

@@ -145,10 +145,13 @@ def test_kernels_compile_without_a_gpu(
 
     monkeypatch.setenv("ORIENTED1D_CACHE", str(tmp_path))
     memory = {"sm_80": 166912, "sm_90": 232448}[architecture]
-    for vector, dtype, size in ((8, "bf16", 56), (4, "half", 14), (1, "half", 64), (1, "bf16", 16)):
+    for (vector, dtype, size), wide in itertools.product(
+        ((8, "bf16", 56), (4, "half", 14), (1, "half", 64), (1, "bf16", 16)), {False, kind != "weight"}
+    ):
         shape, last = (size, size), vector > 1
-        spec = mma.choose(kind, dtype, vector, 15, stride, ANGLES[:3], shape, shape, memory, last)
+        spec = mma.choose(kind, dtype, vector, 15, stride, ANGLES[:3], shape, shape, memory, last, wide=wide)
         assert spec is not None
+        assert spec.wide == wide
         assert spec.last == last
         assert spec.shared_bytes <= memory
         assert all(f" {name}(" in spec.text for name in spec.functions.values())

@@ -91,8 +91,8 @@ def depthwise(input: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool)
 
     Args:
         input: ``(N, C, H, W)``, not empty, less than 2**31 numbers.
-        weight: ``(C, 1, K, K)``.
-        bias: ``(C,)`` or None.
+        weight: ``(C, 1, K, K)``, of the dtype of ``input`` or float32.
+        bias: ``(C,)`` or None, of the dtype of ``weight``.
         reverse: turn the kernels by half a turn, which makes it the gradient of the input.
 
     Returns:
@@ -112,22 +112,25 @@ def _output_shape(shape: torch.Size, stride: int) -> tuple[int, int, int, int]:
     return n, c, -(-height // stride), -(-width // stride)
 
 
-def expect_gradients(input: Tensor, taps: LayerTaps, stride: int) -> None:
+def expect_gradients(input: Tensor, weight: Tensor, taps: LayerTaps, stride: int) -> None:
     """Start to compile what the backward pass of a call on ``input`` will need, while its forward pass is compiled."""
-    _expect_gradients(input.shape, input.dtype, is_channels_last(input), input.device, taps, stride)
+    wide = weight.dtype != input.dtype
+    _expect_gradients(input.shape, input.dtype, is_channels_last(input), input.device, taps, stride, wide)
 
 
 @functools.lru_cache(maxsize=4096)
 def _expect_gradients(
-    shape: torch.Size, dtype: torch.dtype, last: bool, device: torch.device, taps: LayerTaps, stride: int
+    shape: torch.Size, dtype: torch.dtype, last: bool, device: torch.device, taps: LayerTaps, stride: int, wide: bool
 ) -> None:
     if shape.numel() == 0:
         return
     output = torch.Size(_output_shape(shape, stride))
-    gradients = ("gather" if stride == 1 else "adjoint", output, shape), ("weight", shape, output)
+    of_input = _Problem(
+        "gather" if stride == 1 else "adjoint", output, shape, dtype, last, 16, device, taps, stride, wide=wide
+    )
     with compiler.current(device):
-        for kind, in_shape, out_shape in gradients:
-            _begin(_Problem(kind, in_shape, out_shape, dtype, last, 16, device, taps, stride))
+        _begin(of_input)
+        _begin(_Problem("weight", shape, output, dtype, last, 16, device, taps, stride))
 
 
 def _begin(problem: _Problem) -> None:
@@ -220,7 +223,8 @@ def _gather(
     b = bias.contiguous().data_ptr() if bias is not None else 0
     with compiler.current(x.device):
         alignment = _alignment(x, output)
-        for launch in _launches(kind, x.shape, output.shape, x.dtype, last, alignment, x.device, taps, stride, square):
+        layer = last, alignment, x.device, taps, stride, square, w.dtype != x.dtype
+        for launch in _launches(kind, x.shape, output.shape, x.dtype, *layer):
             launch.run(x.data_ptr(), output.data_ptr(), w.data_ptr(), b, after=(int(reverse), int(residual)))
 
 
@@ -280,6 +284,7 @@ def _spec(
     outputs: int,
     image: int,
     memory: int,
+    wide: bool = False,
 ) -> tuple[Spec, int]:
     """The kernel for a layer, with the largest blocks whose shared memory fits, and the bytes of it.
 
@@ -297,7 +302,7 @@ def _spec(
         length = 7 if outputs <= 7 else 14
         for tiles in (32, 16, 8):
             strip = source.Blocks(tiles=tiles, along=min(along, tiles // 4), channels=channels, resident=blocks)
-            spec = Spec(*common, vector, *layer, length, strip, part.phase_rows)
+            spec = Spec(*common, vector, *layer, length, strip, part.phase_rows, wide=wide)
             shared = source.strip_bytes(spec)
             if shared <= memory:
                 break
@@ -309,7 +314,7 @@ def _spec(
             inner = region * (1 if kind == "adjoint" else stride)
             ahead = dtype == torch.float32 and inner == region  # images of other strides and dtypes arrive when needed
             square = source.Blocks(region=region, whole=image <= inner, stages=2 if ahead else 1)
-            spec, shared = _resident(Spec(*common, 1, *layer, length, square, part.phase_rows), memory)
+            spec, shared = _resident(Spec(*common, 1, *layer, length, square, part.phase_rows, wide=wide), memory)
             if ahead and not (last and kind == "weight"):  # as long as that takes no place from other blocks
                 square = dataclasses.replace(square, stages=3)
                 deeper, more = _resident(dataclasses.replace(spec, block=square), memory)
@@ -377,7 +382,7 @@ class _Problem(NamedTuple):
         in_shape, out_shape: of the images read and written; of a weight gradient, of images and gradients.
         last: they are channels_last.
         alignment: bytes, see :func:`_alignment`.
-        square: see ``source.Spec``.
+        square, wide: see ``source.Spec``.
     """
 
     kind: str
@@ -390,6 +395,7 @@ class _Problem(NamedTuple):
     taps: LayerTaps
     stride: int
     square: bool = False
+    wide: bool = False
 
     @property
     def sector(self) -> int:
@@ -405,7 +411,7 @@ class _Problem(NamedTuple):
 
 def _mma_spec(problem: _Problem, part: _Part) -> mma.Spec | None:
     """The kernel for a layer on tensor cores; None where there is none for it."""
-    kind, in_shape, _, dtype, last, alignment, device, taps, stride, square = problem
+    kind, in_shape, _, dtype, last, alignment, device, taps, stride, square, wide = problem
     if compiler.capability(device) < (8, 0):
         return None
     n, _, hi, wi = in_shape
@@ -423,7 +429,7 @@ def _mma_spec(problem: _Problem, part: _Part) -> mma.Spec | None:
             return None
     _, memory = compiler.limits(device)
     layer, sizes = (taps.kernel_size, stride, part.angles), ((hi, wi), outputs)
-    spec = mma.choose(kind, DTYPES[dtype], vector, *layer, *sizes, memory, last, part.phase_rows, square)
+    spec = mma.choose(kind, DTYPES[dtype], vector, *layer, *sizes, memory, last, part.phase_rows, square, wide)
     if spec is None or last:
         return spec
     rows = itertools.chain(*_rows(taps, part.angles, (spec.channels,) * len(part.angles), vector, problem.sector))
@@ -516,7 +522,7 @@ def _parts(problem: _Problem) -> list[_Part]:
 
 def _choose(problem: _Problem, part: _Part) -> tuple[Spec | mma.Spec, int]:
     """The kernel for a part of a problem, and the bytes of shared memory of a block."""
-    kind, in_shape, _, dtype, last, alignment, device, taps, stride, square = problem
+    kind, in_shape, _, dtype, last, alignment, device, taps, stride, square, wide = problem
     if dtype.itemsize == 2:
         spec = _mma_spec(problem, part)
         if spec is not None:
@@ -527,7 +533,7 @@ def _choose(problem: _Problem, part: _Part) -> tuple[Spec | mma.Spec, int]:
     even = alignment % (2 * dtype.itemsize) == 0 and all(run.start % 2 == run.stop % 2 == 0 for run in taps.runs)
     widest = max(run.stop - run.start for run in taps.runs)
     sizes = max(problem.outputs), max(in_shape[2:])
-    return _spec(kind, last, dtype, taps.kernel_size, stride, part, even, widest, *sizes, memory)
+    return _spec(kind, last, dtype, taps.kernel_size, stride, part, even, widest, *sizes, memory, wide)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -542,10 +548,11 @@ def _launches(
     taps: LayerTaps,
     stride: int,
     square: bool = False,
+    wide: bool = False,
 ) -> tuple[_Launch, ...]:
     n, c, hi, wi = in_shape
     ho, wo = out_shape[2:]
-    problem = _Problem(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride, square)
+    problem = _Problem(kind, in_shape, out_shape, dtype, last, alignment, device, taps, stride, square, wide)
     oh, ow = problem.outputs
     processors, _ = compiler.limits(device)
     result = []

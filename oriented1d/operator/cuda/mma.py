@@ -51,7 +51,7 @@ class Spec:
         team: warps that share the lines of a channel.
         full: all blocks have ``channels`` channels.
         phase_rows: of an adjoint, as in ``source.Spec``.
-        square: the kernel has two dimensions, as in ``source.Spec``.
+        square, wide: as in ``source.Spec``.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class Spec:
     full: bool = False
     phase_rows: tuple[int, ...] = ()
     square: bool = False
+    wide: bool = False
 
     @property
     def weights(self) -> int:
@@ -342,6 +343,7 @@ def choose(
     last: bool = True,
     phase_rows: tuple[int, ...] = (),
     square: bool = False,
+    wide: bool = False,
 ) -> Spec | None:
     """The kernel for images of these sizes (of one program's outputs); None where another one is better.
 
@@ -365,7 +367,7 @@ def choose(
     if kind == "adjoint":
         phase_rows = phase_rows or tuple(range(stride))
     common = kind, dtype, vector if last else 1, kernel_size, stride, angles
-    spec = Spec(*common, tiles, groups, whole, last, team, phase_rows=phase_rows, square=square)
+    spec = Spec(*common, tiles, groups, whole, last, team, phase_rows=phase_rows, square=square, wide=wide)
     while spec.shared_bytes > memory and (spec.groups > team or spec.tiles > 1):
         if spec.groups > team:
             spec = dataclasses.replace(spec, groups=spec.groups // 2)
@@ -801,7 +803,7 @@ def _gather(spec: Spec, number: int, program: source.Program, band: Band) -> tup
         # The folded weights of this channel, in 16 bits and what that leaves.
         f"u16* const folded = (u16*)stages + warp * {2 * count + 2};",
         "if (channel < count) {",
-        "const T* const mine = w + (i64)(c0 + channel) * K;",
+        f"const {source.parameter(spec.wide)}* const mine = w + (i64)(c0 + channel) * K;",
         f"for (int d = lane; d < {count}; d += 32) {{",
         f"const uchar4 f = *(const uchar4*)fold{number}[d];",
         "float total = f.z ? identity : 0.f;",
@@ -1009,13 +1011,13 @@ def _source(spec: Spec) -> str:
     unsigned char* const grad_frames = memory + CHANNELS * PLANE + 128;
     const u32 grad_frame = frame + CHANNELS * PLANE + 128;"""
     else:
-        head = "const T* __restrict__ x, T* __restrict__ y, const T* __restrict__ w, const T* __restrict__ bias,"
+        head = source.gather_arguments(spec.wide)
         tail = ", i64 reverse, i64 identity_"
         setup = """const float identity = (float)identity_;
     u32* const stages = (u32*)(memory + CHANNELS * PLANE + 128);"""
     parts = [
         source._PRELUDE,
-        source._TYPES[spec.dtype],
+        source.types(spec.dtype, spec.wide),
         "\n".join(f"#define {name} {value}" for name, value in defines.items()),
         f"__device__ __forceinline__ u32 to_pair(float a, float b) {{ return {pair}; }}",
         _HEAD,

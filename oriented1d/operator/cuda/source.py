@@ -56,6 +56,8 @@ class Spec:
         phase_rows: of an adjoint, the rows of the stride's grid of phases that it computes: ``i`` stands for the rows
             ``i``, ``i + stride``, ... of the images.
         square: the kernel has two dimensions, ``kernel_size`` by ``kernel_size`` (``mma.py`` only).
+        wide: weights and bias are float32, and rounded to the dtype, which has 16 bits, as they are read. A weight
+            gradient reads none, and keeps False.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class Spec:
     block: Blocks
     phase_rows: tuple[int, ...] = ()
     square: bool = False
+    wide: bool = False
 
     @property
     def text(self) -> str:
@@ -177,6 +180,28 @@ __device__ __forceinline__ T from_float(float v) { return to_half(v); }
 """,
 }
 
+_WIDE = r"""
+// A parameter is float32, and counts as what it is in the dtype of the images.
+__device__ __forceinline__ float to_float(float v) { return to_float(from_float(v)); }
+"""
+
+
+def types(dtype: str, wide: bool) -> str:
+    """The type ``T`` of the numbers of images, and what converts them; with ``wide`` also what reads parameters."""
+    return _TYPES[dtype] + (_WIDE if wide else "")
+
+
+def gather_arguments(wide: bool) -> str:
+    """The first arguments of the convolution and its adjoint."""
+    p = parameter(wide)
+    return f"const T* __restrict__ x, T* __restrict__ y, const {p}* __restrict__ w, const {p}* __restrict__ bias,"
+
+
+def parameter(wide: bool) -> str:
+    """The type of weights and bias."""
+    return "float" if wide else "T"
+
+
 _VECTOR = {
     ("bf16", 2): r"""
 __device__ __forceinline__ F load(const T* p) { const u32 v = *(const u32*)p; return {bf16_low(v), bf16_high(v)}; }
@@ -244,7 +269,7 @@ _SEGMENTS = r"""
 
 
 def source(spec: Spec) -> str:
-    parts = [_PRELUDE, _TYPES[spec.dtype], _ASYNC, f"#define K {spec.kernel_size}\n"]
+    parts = [_PRELUDE, types(spec.dtype, spec.wide), _ASYNC, f"#define K {spec.kernel_size}\n"]
     if not spec.block.region:
         parts.append(_ONE if spec.vector == 1 else _TWO + _VECTOR[spec.dtype, spec.vector])
         parts.append(_channels_last(spec))
@@ -485,7 +510,7 @@ def _channels_last(spec: Spec) -> str:
         head, tail = "const T* __restrict__ x, const T* __restrict__ g, float* __restrict__ partial,", ""
         setup = "const int part = when.z;\n    float* const red = (float*)memory;"
     else:
-        head = "const T* __restrict__ x, T* __restrict__ y, const T* __restrict__ w, const T* __restrict__ bias,"
+        head = gather_arguments(spec.wide)
         tail = ", i64 reverse, i64 identity_"
         second = "start.y = to_float(bias[c + 1]);" if spec.vector == 2 else ""
         setup = f"""const float identity = (float)identity_;
@@ -909,7 +934,10 @@ def _planar(spec: Spec) -> str:
         else:
             out.append("const int c = c0 + min(plane, count - 1); int step = reverse ? -1 : 1;")
             # Hidden from the compiler, which would keep the offsets of all taps from one segment to the next.
-            out.append('asm volatile("" : "+r"(step)); const T* const wc = w + (i64)c * K + (reverse ? K - 1 : 0);')
+            out.append(
+                f'asm volatile("" : "+r"(step)); const {parameter(spec.wide)}* const wc = w + (i64)c * K'
+                " + (reverse ? K - 1 : 0);"
+            )
             for d, taps in enumerate(program.fold):
                 total = " + ".join(f"to_float(wc[{t} * step])" for t in taps)
                 out.append(f"const float w{d} = {total}{' + identity' if centre in taps else ''};")
@@ -984,7 +1012,7 @@ def _planar(spec: Spec) -> str:
         head, tail = "const T* __restrict__ x, const T* __restrict__ g, float* __restrict__ partial,", ""
         setup = "const int part = when.z;"
     else:
-        head = "const T* __restrict__ x, T* __restrict__ y, const T* __restrict__ w, const T* __restrict__ bias,"
+        head = gather_arguments(spec.wide)
         tail = ", i64 reverse, i64 identity_"
         setup = "const float identity = (float)identity_;"
     return f"""
