@@ -1,6 +1,7 @@
 import argparse
 import os
 import pickle
+import random
 import re
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello", b"\x00" * 100, b"PK\x03\x04 no zip", os.urandom(64), b"accuracy,0.5\n"]
+    "content", [b"", b"hello", b"\x00" * 100, b"PK\x03\x04 no zip", random.Random(0).randbytes(64), b"accuracy,0.5\n"]
 )
 @pytest.mark.parametrize("name", ["file.pth", "file.safetensors"])
 def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes, name: str) -> None:

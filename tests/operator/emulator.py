@@ -213,6 +213,7 @@ def emulated(folder: Path) -> Iterator[Emulation]:
                 patch.setattr(owner, name, emulation.poisoned(getattr(owner, name)))
             for name, stand_in in {
                 "begin": emulation.begin,
+                "begin_later": lambda spec, device: None,
                 "compile": emulation.compile,
                 "limits": lambda _: (emulation.processors, emulation.memory),
                 "capability": lambda _: emulation.capability,

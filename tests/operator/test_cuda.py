@@ -5,6 +5,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +65,57 @@ def test_an_unwritable_cache_only_costs_time(tmp_path, monkeypatch: pytest.Monke
     with pytest.warns(UserWarning, match="compiled kernels are not kept"):
         code = compiler.machine_code(spec, "sm_80")
     assert bytes(code.code)[:4] == b"\x7fELF"
+
+
+def test_what_may_be_needed_later_waits_for_what_is_needed_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator.cuda import compiler
+
+    order, first_runs, go = [], threading.Event(), threading.Event()
+
+    def machine_code(name: str, architecture: str) -> str:
+        assert architecture == "sm_90"
+        order.append(name)
+        first_runs.set()
+        assert go.wait(60)
+        return name.upper()
+
+    monkeypatch.setattr(compiler, "machine_code", machine_code)
+    monkeypatch.setattr(compiler, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiler, "_THREADS", 2)
+    monkeypatch.setattr(compiler, "_codes", {})
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(compiler, "_pool", pool)
+        device = torch.device("cuda", 0)
+        for name in ("a", "b", "c", "b", "d"):
+            compiler.begin_later(name, device)
+        assert first_runs.wait(60)
+        future = compiler.begin("c", device)  # needed now
+        assert compiler.begin("c", device) is future
+        go.set()
+        assert future.result(60) == "C"
+        while "d" not in order:
+            time.sleep(0.01)
+        assert order == ["a", "c", "b", "d"]
+        assert compiler.begin("a", device).result(60) == "A"
+    assert not compiler._later
+    assert compiler._in_background == 0
+
+
+def test_the_interpreter_does_not_wait_for_what_may_be_needed_later(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core")
+    script = f"""
+import pathlib, time, torch
+from oriented1d.operator.cuda import compiler
+def machine_code(name, architecture):
+    pathlib.Path({str(tmp_path)!r}, name).touch()
+    time.sleep(0.2)
+compiler.machine_code, compiler.capability = machine_code, lambda device: (9, 0)
+for i in range(200):
+    compiler.begin_later(str(i), torch.device("cuda", 0))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    assert 1 <= len(list(tmp_path.iterdir())) < 100  # those that had begun
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -216,7 +216,8 @@ def test_the_second_size_begins_what_all_others_need(monkeypatch: pytest.MonkeyP
     begun: dict[mma.Spec | source.Spec, None] = {}
     monkeypatch.setattr(cuda.compiler, "limits", lambda device: (132, 232448))
     monkeypatch.setattr(cuda.compiler, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda.compiler, "begin", lambda spec, device: begun.setdefault(spec))
+    for name in ("begin", "begin_later"):
+        monkeypatch.setattr(cuda.compiler, name, lambda spec, device: begun.setdefault(spec))
     monkeypatch.setattr(cuda, "_sizes", functools.cache(cuda._sizes.__wrapped__))
 
     def new(height: int, width: int, last: bool, dtype: torch.dtype) -> int:

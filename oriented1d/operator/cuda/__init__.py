@@ -134,11 +134,12 @@ def _expect_gradients(
 
 
 def _begin(problem: _Problem) -> None:
-    """Start to compile what a problem needs; and, once a layer has had images of two sizes, what it needs for others.
+    """Start to compile what a problem needs; and later, once a layer has had images of two sizes, what others need.
 
     There are a few kernels for a layer, each for a range of sizes. Where sizes change, most of them will be needed.
     """
-    _begin_kernels(problem)
+    for part in _parts(problem):
+        compiler.begin(_choose(problem, part)[0], problem.device)
     kind, (n, c, height, width), _, *layer = problem
     seen, stride = _sizes(kind, *layer), problem.stride
     if len(seen) == 2 or (height, width) in seen:
@@ -148,12 +149,9 @@ def _begin(problem: _Problem) -> None:
         for side in _SIDES:
             shorter, longer = (torch.Size((n, c, s, s)) for s in (side, side * stride))
             shapes = (shorter, longer) if kind == "adjoint" else (longer, shorter)
-            _begin_kernels(problem._replace(in_shape=shapes[0], out_shape=shapes[1]))
-
-
-def _begin_kernels(problem: _Problem) -> None:
-    for part in _parts(problem):
-        compiler.begin(_choose(problem, part)[0], problem.device)
+            other = problem._replace(in_shape=shapes[0], out_shape=shapes[1])
+            for part in _parts(other):
+                compiler.begin_later(_choose(other, part)[0], problem.device)
 
 
 _SIDES = (7, 14, 16, 28, 32, 56, 64, 112)  # of outputs: one of every range that a kernel is chosen for

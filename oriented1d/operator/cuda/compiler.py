@@ -149,21 +149,59 @@ def machine_code(spec: Source, architecture: str) -> ObjectCode:
         return program.compile("cubin")
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _codes: dict[tuple[Source, str], Future[ObjectCode]] = {}
 _compiled: dict[tuple[Source, int | None], Compiled] = {}
 # NVRTC compiles in as many threads as there are.
-_pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="oriented1d")
+_THREADS = os.cpu_count() or 1
+_pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="oriented1d")
+_later: dict[tuple[Source, str], None] = {}  # in the order in which they were asked for
+_in_background = 0
 
 
 def begin(spec: Source, device: torch.device) -> Future[ObjectCode]:
     """Start to compile in another thread, which does nothing on the device (a graph may be being recorded there)."""
-    major, minor = torch.cuda.get_device_capability(device)
-    key = spec, f"sm_{major}{minor}"
+    key = spec, _architecture(device)
     with _lock:
         if key not in _codes:
             _codes[key] = _pool.submit(machine_code, *key)
         return _codes[key]
+
+
+def begin_later(spec: Source, device: torch.device) -> None:
+    """Compile when a thread has nothing else to do. What has not begun when the interpreter ends is left out."""
+    with _lock:
+        _later[spec, _architecture(device)] = None
+        _fill()
+
+
+def _architecture(device: torch.device) -> str:
+    major, minor = capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _fill() -> None:
+    # One thread is left to `begin`. Waiting outside the pool, the others do not keep the interpreter from ending.
+    global _in_background
+    with _lock:
+        while _later and _in_background < max(1, _THREADS - 1):
+            key = next(iter(_later))
+            del _later[key]
+            if key in _codes:
+                continue
+            try:
+                _codes[key] = future = _pool.submit(machine_code, *key)
+            except RuntimeError:  # the interpreter ends
+                return _later.clear()
+            _in_background += 1
+            future.add_done_callback(_ended)
+
+
+def _ended(future: Future[ObjectCode]) -> None:
+    global _in_background
+    with _lock:
+        _in_background -= 1
+        _fill()
 
 
 def compile(spec: Source, device: torch.device) -> Compiled:
