@@ -144,13 +144,21 @@ class DepthwiseConv2d(nn.Conv2d):
     Args:
         channels: number of channels ``C``.
         kernel_size: odd side of the kernels, in pixels.
+
+    Raises:
+        ValueError: the kernel size is even.
     """
 
     def __init__(self, channels: int, kernel_size: int) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     def forward(self, input: Tensor) -> Tensor:
-        if depthwise.supported(input, self.weight):
+        reach = self.kernel_size[0] // 2
+        # Somebody may have changed what they are in all convolutions of a network.
+        as_made = self.stride == self.dilation == (1, 1) and self.padding == (reach, reach)
+        if as_made and self.padding_mode == "zeros" and depthwise.supported(input, self.weight):
             return depthwise.depthwise_conv2d(input, self.weight, self.bias)
         return super().forward(input)
 

@@ -56,6 +56,7 @@ class Truths:
         first: ``(N,)`` int64, where the objects of each image begin.
         boxes: ``(N, G, 4)`` float32, those of each image and then zeros; G is at least 1.
         exist: ``(N, G)`` bool, which of ``boxes`` are objects.
+        numbers: of the objects of each image.
     """
 
     rois: Tensor
@@ -64,6 +65,7 @@ class Truths:
     first: Tensor
     boxes: Tensor
     exist: Tensor
+    numbers: list[int]
 
     @classmethod
     def of(cls, truths: Sequence[Truth]) -> Truths:
@@ -74,7 +76,8 @@ class Truths:
         image = torch.repeat_interleave(counts, output_size=len(boxes))
         exist = torch.arange(max(1, *numbers), device=boxes.device) < counts[:, None]
         padded = boxes.new_zeros(*exist.shape, 4).masked_scatter_(exist[..., None], boxes)
-        return cls(torch.cat([image[:, None], boxes], 1), labels, masks, counts.cumsum(0) - counts, padded, exist)
+        rois, first = torch.cat([image[:, None], boxes], 1), counts.cumsum(0) - counts
+        return cls(rois, labels, masks, first, padded, exist, numbers)
 
 
 @dataclasses.dataclass
@@ -197,8 +200,12 @@ class RPNHead(nn.Module):
         # Anchors that cross the border of the image (not of the batch) are left out.
         inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2:] < sides[:, None]).all(2)
         images = max(1, LARGEST_TABLE // (truths.boxes.shape[1] * len(anchors)))
-        parts = zip(*(x.split(images) for x in (truths.boxes, truths.exist, inside)), strict=True)
-        matches = torch.cat([self.matcher(anchors, *part) for part in parts])
+        matched = []
+        for i in range(0, len(sides), images):
+            part = slice(i, i + images)
+            most = max(1, *truths.numbers[part])  # the padding is the whole batch's
+            matched.append(self.matcher(anchors, truths.boxes[part, :most], truths.exist[part, :most], inside[part]))
+        matches = torch.cat(matched)
         image = torch.arange(len(sides), device=sides.device)[:, None]
         chosen, positives, negatives = sample(matches, image, len(sides), number, 0.5)
         divisor = sum(max(count, 1) for count in positives + negatives)

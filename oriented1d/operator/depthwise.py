@@ -29,12 +29,22 @@ _grad_input = torch.ops.oriented1d.depthwise_conv2d_grad_input.default
 
 def supported(input: Tensor, weight: Tensor) -> bool:
     """Whether :func:`depthwise_conv2d` has a kernel for images ``(N, C, H, W)`` like this one, under the autocast in
-    force: channels_last ones in 16 bits, on a GPU with tensor cores."""
-    if not input.is_cuda or input.dim() != 4 or not input.is_contiguous(memory_format=torch.channels_last):
+    force: channels_last ones in 16 bits, on a GPU of compute capability 8.0 and up. What PyTorch would refuse, or
+    transform (``torch.func``, forward-mode derivatives), is left to it."""
+    dtype = library.computed_dtype(input)
+    return input.is_cuda and _fits(input, weight) and _has_kernel(input.device, dtype, *weight.shape[::3])
+
+
+def _fits(input: Tensor, weight: Tensor) -> bool:
+    transformed = library._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    if not torch.compiler.is_compiling() and transformed:
         return False
-    if input.is_contiguous():  # both formats describe it: PyTorch's output would be contiguous
+    if input.dim() != 4 or input.shape[1] != weight.shape[0] or input.device != weight.device:
         return False
-    return _has_kernel(input.device, library.computed_dtype(input), weight.shape[0], weight.shape[-1])
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        return False
+    # Where both formats describe the images, PyTorch's output would be contiguous.
+    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
 
 
 @torch.compiler.assume_constant_result
@@ -54,40 +64,63 @@ def depthwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
     Returns:
         ``(N, C, H, W)`` in channels_last, in the dtype of ``input`` or autocast's; sums are float32.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device is another.
     """
-    return _conv(input, weight, bias)
-
-
-def _runs(input: Tensor, weight: Tensor) -> bool:
-    # What a compiled graph was made for may not be what it is given.
-    some = 0 < input.numel() < 2**31
-    return some and _has_kernel(input.device, input.dtype, weight.shape[0], weight.shape[-1])
+    if not library._is_plain(input, weight, bias):
+        return _conv(input, weight, bias)
+    # Past the dispatcher, as in `library`.
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type):
+        return library.in_low_precision(depthwise_conv2d, device_type, input, weight, bias)
+    if library._is_recorded(input, weight, bias):
+        return _record(input, weight, bias)
+    return _impl_conv(input, weight, bias)
 
 
 def _reference(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(input, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    with torch.autocast(input.device.type, enabled=False):
+        y = F.conv2d(input, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _kernel(images: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether our kernel runs on these, which a compiled graph may be given though it was made for others."""
+    n, channels, height, width = images.shape
+    k = weight.shape[-1]
+    if weight.shape != (channels, 1, k, k) or k % 2 == 0:
+        raise ValueError(f"weight: expected shape ({channels}, 1, K, K) with K odd, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias: expected shape ({channels},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != images.device:
+            raise ValueError(f"{name}: expected the device of the images, {images.device}, got {tensor.device}")
+    if not images.is_cuda or not 0 < images.numel() < 2**31 or n * (max(height, width) + k) >= 2**29:
+        return False
+    return _has_kernel(images.device, images.dtype, channels, k)
 
 
 @torch.library.impl(_library, "depthwise_conv2d", "CompositeExplicitAutograd")
 def _impl_conv(input, weight, bias):
-    kernel = input.is_cuda and _runs(input, weight)
+    kernel = _kernel(input, weight, bias)
     weight, bias = library.parameters(input, weight, bias, wide=kernel)
-    if kernel:
-        from oriented1d.operator import cuda
+    if not kernel:
+        return _reference(input, weight, bias)
+    from oriented1d.operator import cuda
 
-        return cuda.depthwise(input, weight, bias, False)
-    return _reference(input, weight, bias).contiguous(memory_format=torch.channels_last)
+    return cuda.depthwise(input, weight, bias, False)
 
 
 @torch.library.impl(_library, "depthwise_conv2d_grad_input", "CompositeExplicitAutograd")
 def _impl_grad_input(grad_output, weight):
-    kernel = grad_output.is_cuda and _runs(grad_output, weight)
+    kernel = _kernel(grad_output, weight, None)
     weight, _ = library.parameters(grad_output, weight, None, wide=kernel)
-    if kernel:
-        from oriented1d.operator import cuda
+    if not kernel:
+        return _reference(grad_output, weight.flip(2, 3), None)
+    from oriented1d.operator import cuda
 
-        return cuda.depthwise(grad_output, weight, None, True)
-    return _reference(grad_output, weight.flip(2, 3), None).contiguous(memory_format=torch.channels_last)
+    return cuda.depthwise(grad_output, weight, None, True)
 
 
 @torch.library.register_fake("oriented1d::depthwise_conv2d", lib=_library)
@@ -111,7 +144,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad)
     # What is to be differentiated again is PyTorch's, which is differentiable to any order.
     again = torch.is_grad_enabled()
-    of_input = None if again or not needed[0] else _grad_input(grad_output, weight)
+    of_input = None
+    if needed[0] and not again:
+        plain = library._is_plain(grad_output, weight)
+        of_input = (_impl_grad_input if plain else _grad_input)(grad_output, weight)
     channels, pad = weight.shape[0], weight.shape[-1] // 2
     mask = [needed[0] and again, needed[1], needed[2] and ctx.has_bias]
     others: Any = None, None, None
@@ -125,6 +161,22 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("oriented1d::depthwise_conv2d", _backward, setup_context=_save, lib=_library)
+
+
+class _Recorded(torch.autograd.Function):
+    """Autograd's part of a call that does not go through the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias):
+        _save(ctx, (input, weight, bias), input)
+        return _impl_conv(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return _backward(ctx, grad_output)
+
+
+_record = super(torch.autograd.Function, _Recorded).apply  # see `library._record_conv`
 
 for _device_type, _key in library.AUTOCAST.items():
     _library.impl("depthwise_conv2d", functools.partial(library.in_low_precision, _conv, _device_type), _key)

@@ -341,6 +341,37 @@ def test_operations_and_waits_of_the_losses(monkeypatch: pytest.MonkeyPatch) -> 
     assert many.waits == {"tolist": 4 + 6, "nms": 16, "index": 1}
 
 
+def test_ground_truth_that_joined_a_stage_leaves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, sizes, truths = model_and_batch()
+    pooled: list[int] = []
+
+    def pool(maps: list[torch.Tensor], rois: torch.Tensor, size: int) -> torch.Tensor:
+        pooled.append(len(rois))
+        return cascade_pool(maps, rois, size)
+
+    cascade_pool = cascade.pool
+    monkeypatch.setattr(cascade, "pool", pool)
+    maps = model.neck(model.backbone(images))
+    objects, sides = cascade.Truths.of(truths), cascade.sides_of(sizes, images.device)
+    model.roi_head.losses(maps, torch.zeros(0, 5), sides, objects, 64)
+    # Two objects and nothing else: boxes, then masks of each stage.
+    assert pooled == [2] * 6
+
+
+def test_images_with_few_objects_do_not_pay_for_those_with_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, sizes, truths = model_and_batch()
+    tables: list[int] = []
+    matcher = cascade.RPNHead.matcher
+    monkeypatch.setattr(cascade, "LARGEST_TABLE", 1)
+    monkeypatch.setattr(
+        cascade.RPNHead,
+        "matcher",
+        lambda self, anchors, boxes, *rest: (tables.append(boxes.shape[1]), matcher(anchors, boxes, *rest))[1],
+    )
+    model.losses(images, sizes, truths)
+    assert tables == [2, 1]  # two objects, and the place of one that does not exist
+
+
 def test_a_file_of_mmdetection(tmp_path) -> None:
     source, target = model_and_batch()[0], model_and_batch()[0]
     for parameter in target.parameters():

@@ -102,6 +102,30 @@ def test_what_may_be_needed_later_waits_for_what_is_needed_now(monkeypatch: pyte
     assert compiler._in_background == 0
 
 
+def test_what_failed_in_the_background_is_tried_again_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator.cuda import compiler
+
+    tried: list[str] = []
+
+    def machine_code(name: str, architecture: str) -> str:
+        tried.append(name)
+        if len(tried) == 1:
+            raise RuntimeError("no memory")
+        return name
+
+    monkeypatch.setattr(compiler, "machine_code", machine_code)
+    monkeypatch.setattr(compiler, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiler, "_codes", {})
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(compiler, "_pool", pool)
+        compiler.begin_later("a", torch.device("cuda", 0))
+        while compiler._in_background:
+            time.sleep(0.01)
+        assert compiler.begin("a", torch.device("cuda", 0)).result(60) == "a"
+    assert tried == ["a", "a"]
+
+
 def test_the_interpreter_does_not_wait_for_what_may_be_needed_later(tmp_path: Path) -> None:
     pytest.importorskip("cuda.core")
     script = f"""

@@ -72,6 +72,21 @@ def test_float32_parameters_give_the_bits_of_rounded_ones(
     assert [spec.wide for spec in emulation.launched] == [False, True, False, True]
 
 
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+def test_images_of_any_layout_and_address_in_the_emulator(emulation: Emulation) -> None:
+    shape = (2, 16, 7, 9)
+    weight, bias = parameters(16, 7, BF16)
+    x = torch.randn(shape).bfloat16()
+    numbers = torch.empty(x.numel() + 1, dtype=BF16)
+    moved = numbers[1:].as_strided(shape, x.contiguous(memory_format=LAST).stride())
+    moved.copy_(x)
+    assert moved.data_ptr() % 16 != 0
+    for images in (x, moved, x[:, :, :1, :1].expand(shape)):
+        y = cuda.depthwise(images, weight, bias, False)
+        assert y.is_contiguous(memory_format=LAST)
+        assert relative_error(y, expected(images, weight, bias)) < TOLERANCE[BF16]
+
+
 @pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("side", [7, 14, 28, 56, 200])
 def test_there_is_a_kernel_for_every_size(kernel_size: int, side: int) -> None:
@@ -152,6 +167,96 @@ def test_parameters_of_other_dtypes() -> None:
         depthwise.depthwise_conv2d(x, weight, bias.half())
     with pytest.raises(TypeError, match=r"weight: .*float32, got torch\.bfloat16"):
         depthwise.depthwise_conv2d(x.float(), weight.bfloat16(), None)
+
+
+def test_both_roads_are_the_same() -> None:
+    x, g = (torch.randn(2, 8, 6, 5).contiguous(memory_format=LAST) for _ in range(2))
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for t in parameters(8, 3, torch.float32))]
+    for enabled in (False, True):
+        with torch.autocast("cpu", BF16, enabled=enabled):
+            ys = [depthwise.depthwise_conv2d(*leaves), torch.ops.oriented1d.depthwise_conv2d(*leaves)]
+        assert type(ys[0].grad_fn).__name__ == "_RecordedBackward"
+        assert type(ys[1].grad_fn).__name__ != "_RecordedBackward"
+        assert ys[0].dtype == (BF16 if enabled else torch.float32)
+        results = [[y, *torch.autograd.grad(y, leaves, g.to(y.dtype))] for y in ys]
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(
+        torch.ops.oriented1d.depthwise_conv2d.default, [t.detach().double().requires_grad_() for t in leaves]
+    )
+
+
+def test_an_outer_autocast_does_not_change_the_gradient() -> None:
+    g, weight = torch.randn(2, 8, 6, 5), parameters(8, 3, torch.float32)[0]
+    with torch.autocast("cpu", BF16):
+        of_input = torch.ops.oriented1d.depthwise_conv2d_grad_input(g, weight)
+    assert of_input.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "message"),
+    [
+        ((8, 1, 3, 3), (8,), r"weight: expected shape \(16, 1, K, K\) with K odd, got \(8, 1, 3, 3\)"),
+        ((24, 1, 3, 3), (24,), r"weight: expected shape \(16, 1, K, K\)"),
+        ((16, 1, 3, 5), (16,), r"weight: expected shape \(16, 1, K, K\)"),
+        ((16, 1, 4, 4), (16,), r"weight: expected shape \(16, 1, K, K\) with K odd"),
+        ((16, 1, 3, 3), (8,), r"bias: expected shape \(16,\), got \(8,\)"),
+    ],
+)
+def test_wrong_shapes(weight: tuple[int, ...], bias: tuple[int, ...], message: str) -> None:
+    x = torch.randn(2, 16, 6, 5).contiguous(memory_format=LAST)
+    with pytest.raises(ValueError, match=message):
+        depthwise.depthwise_conv2d(x, torch.randn(weight), torch.randn(bias))
+
+
+def test_parameters_of_another_device() -> None:
+    x, (weight, bias) = torch.randn(2, 16, 6, 5), parameters(16, 3, torch.float32)
+    with pytest.raises(ValueError, match="weight: expected the device of the images, cpu, got meta"):
+        depthwise._kernel(x, weight.to("meta"), bias)
+    with pytest.raises(ValueError, match="bias: expected the device of the images, cpu, got meta"):
+        depthwise._kernel(x, weight, bias.to("meta"))
+
+
+def test_what_is_left_to_pytorch() -> None:
+    x, weight = torch.randn(2, 16, 6, 5), torch.randn(16, 1, 3, 3)
+    last = x.contiguous(memory_format=LAST)
+    assert depthwise._fits(last, weight)
+    assert not depthwise._fits(x, weight)
+    assert not depthwise._fits(last[:, :, :1, :1].contiguous(), weight)  # both formats
+    assert not depthwise._fits(last, weight[:8])
+    assert not depthwise._fits(last, weight.to("meta"))
+    assert not depthwise._fits(last[0], weight)
+    assert not depthwise._fits(last.bfloat16(), weight)
+    with torch.autocast("cpu", BF16):
+        assert depthwise._fits(last.bfloat16(), weight)
+    seen = []
+    torch.vmap(lambda images: (seen.append(depthwise._fits(images, weight)), images)[1])(last[None])
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(depthwise._fits(last, weight))
+    assert seen == [False, False]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"padding_mode": "circular"}, {"dilation": (2, 2)}, {"stride": (2, 2)}, {"padding": (0, 0)}]
+)
+def test_settings_that_somebody_changed(changed: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, plain = DepthwiseConv2d(8, 3), torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    plain.load_state_dict(layer.state_dict())
+    monkeypatch.setattr(depthwise, "supported", lambda *_: True)
+    x = torch.randn(2, 8, 6, 5).contiguous(memory_format=LAST)
+    before = plain(x)
+    torch.testing.assert_close(layer(x), before)
+    for module in (layer, plain):
+        for name, value in changed.items():
+            setattr(module, name, value)
+    after = plain(x)
+    assert after.shape != before.shape or not torch.allclose(after, before)
+    torch.testing.assert_close(layer(x), after)
+
+
+def test_even_kernels() -> None:
+    with pytest.raises(ValueError, match="kernel_size: expected an odd number, got 4"):
+        DepthwiseConv2d(8, 4)
 
 
 def test_layer_is_the_convolution_where_there_is_no_kernel() -> None:

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -210,6 +212,26 @@ def test_moving_average_of_sharded_weights_and_whole_buffers(tmp_path: Path) -> 
             torch.testing.assert_close(value, before[name] + moved, msg=name)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_network_sends_its_gradients_at_once(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    def ddp(model: nn.Module, **options: Any) -> nn.Module:
+        made.append(options)
+        return model
+
+    ddp._set_params_and_buffers_to_ignore_for_model = lambda *_: None  # type: ignore[attr-defined]
+    monkeypatch.setattr("oriented1d.training.callbacks.DistributedDataParallel", ddp)
+    strategy = DDPStrategy(static_graph=True)
+    monkeypatch.setattr(strategy, "determine_ddp_device_ids", lambda: None)
+    module = L.LightningModule()
+    module.compiled = compiled  # type: ignore[assignment]
+    LeanDDP().setup(SimpleNamespace(strategy=strategy), module, "fit")  # type: ignore[arg-type]
+    strategy._setup_model(module)
+    size = {"bucket_cap_mb": 1000} if compiled else {}
+    assert made == [{"device_ids": None, "gradient_as_bucket_view": True, "static_graph": True, **size}]
 
 
 def by_group(optimizer: dict[str, Any]) -> dict[str, tuple[float, list[Tensor]]]:

@@ -152,8 +152,8 @@ def machine_code(spec: Source, architecture: str) -> ObjectCode:
 _lock = threading.RLock()
 _codes: dict[tuple[Source, str], Future[ObjectCode]] = {}
 _compiled: dict[tuple[Source, int | None], Compiled] = {}
-# NVRTC compiles in as many threads as there are.
-_THREADS = os.cpu_count() or 1
+# NVRTC compiles in as many threads as there are; processes of one machine share them.
+_THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 _pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="oriented1d")
 _later: dict[tuple[Source, str], None] = {}  # in the order in which they were asked for
 _in_background = 0
@@ -194,12 +194,14 @@ def _fill() -> None:
             except RuntimeError:  # the interpreter ends
                 return _later.clear()
             _in_background += 1
-            future.add_done_callback(_ended)
+            future.add_done_callback(functools.partial(_ended, key))
 
 
-def _ended(future: Future[ObjectCode]) -> None:
+def _ended(key: tuple[Source, str], future: Future[ObjectCode]) -> None:
     global _in_background
     with _lock:
+        if future.exception() is not None:
+            del _codes[key]  # nobody asked for it yet; who does may have more luck
         _in_background -= 1
         _fill()
 
