@@ -31,13 +31,15 @@ def supported(input: Tensor, weight: Tensor) -> bool:
     """Whether :func:`depthwise_conv2d` has a kernel for images ``(N, C, H, W)`` like this one, under the autocast in
     force: channels_last ones in 16 bits, on a GPU of compute capability 8.0 and up. What PyTorch would refuse, or
     transform (``torch.func``, forward-mode derivatives), is left to it."""
-    dtype = library.computed_dtype(input)
-    return input.is_cuda and _fits(input, weight) and _has_kernel(input.device, dtype, *weight.shape[::3])
+    if not input.is_cuda or not _fits(input, weight):
+        return False
+    return _has_kernel(input.device, library.computed_dtype(input), weight.shape[0], weight.shape[-1])
 
 
 def _fits(input: Tensor, weight: Tensor) -> bool:
-    transformed = library._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    if not torch.compiler.is_compiling() and transformed:
+    if not torch.compiler.is_compiling() and (
+        library._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    ):
         return False
     if input.dim() != 4 or input.shape[1] != weight.shape[0] or input.device != weight.device:
         return False

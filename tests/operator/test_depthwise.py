@@ -236,6 +236,38 @@ def test_what_is_left_to_pytorch() -> None:
     assert seen == [False, False]
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_in_one_graph(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    @torch.compiler.assume_constant_result
+    def has_kernel(device: torch.device, dtype: torch.dtype, channels: int, kernel_size: int) -> bool:
+        asked.append((dtype, channels, kernel_size))
+        return True
+
+    monkeypatch.setattr(depthwise, "_has_kernel", has_kernel)
+    monkeypatch.setattr(
+        depthwise,
+        "supported",
+        lambda x, w: (
+            depthwise._fits(x, w)
+            and depthwise._has_kernel(x.device, depthwise.library.computed_dtype(x), w.shape[0], w.shape[-1])
+        ),
+    )
+    layer = DepthwiseConv2d(8, 5).to(memory_format=LAST)
+    torch._dynamo.reset()
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for side in (6, 9, 11):
+        x = torch.randn(2, 8, side, 7).contiguous(memory_format=LAST).requires_grad_()
+        with torch.autocast("cpu", BF16):
+            y, plain = run(x), layer(x)
+        assert y.dtype == BF16
+        leaves = [x, layer.weight, layer.bias]
+        for a, b in zip(*([out, *torch.autograd.grad(out.float().sum(), leaves)] for out in (y, plain)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert set(asked) == {(BF16, 8, 5)}
+
+
 @pytest.mark.parametrize(
     "changed", [{"padding_mode": "circular"}, {"dilation": (2, 2)}, {"stride": (2, 2)}, {"padding": (0, 0)}]
 )
