@@ -43,7 +43,7 @@ def _fits(input: Tensor, weight: Tensor) -> bool:
         return False
     if input.dim() != 4 or input.shape[1] != weight.shape[0] or input.device != weight.device:
         return False
-    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+    if input.dtype != weight.dtype and not library.is_autocast(input.device.type):
         return False
     # Where both formats describe the images, PyTorch's output would be contiguous.
     return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
@@ -89,8 +89,7 @@ def _reference(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _kernel(images: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether our kernel runs on these, which a compiled graph may be given though it was made for others."""
-    n, channels, height, width = images.shape
-    k = weight.shape[-1]
+    channels, k = images.shape[1], weight.shape[-1]
     if weight.shape != (channels, 1, k, k) or k % 2 == 0:
         raise ValueError(f"weight: expected shape ({channels}, 1, K, K) with K odd, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != (channels,):
@@ -98,9 +97,11 @@ def _kernel(images: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != images.device:
             raise ValueError(f"{name}: expected the device of the images, {images.device}, got {tensor.device}")
-    if not images.is_cuda or not 0 < images.numel() < 2**31 or n * (max(height, width) + k) >= 2**29:
+    if not images.is_cuda:
         return False
-    return _has_kernel(images.device, images.dtype, channels, k)
+    from oriented1d.operator import cuda
+
+    return cuda.depthwise_fits(images.shape, k) and _has_kernel(images.device, images.dtype, channels, k)
 
 
 @torch.library.impl(_library, "depthwise_conv2d", "CompositeExplicitAutograd")

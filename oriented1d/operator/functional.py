@@ -79,7 +79,7 @@ def oriented_conv1d(
             continue
         if tensor.device != device:
             raise ValueError(f"{name}: expected the device of the input, {device}, got {tensor.device}")
-        if tensor.dtype != input.dtype and not (_autocast(device.type) and tensor.dtype in DTYPES):
+        if tensor.dtype != input.dtype and not (library.is_autocast(device.type) and tensor.dtype in DTYPES):
             raise TypeError(f"{name}: expected the dtype of the input, {input.dtype}, got {tensor.dtype}")
 
     if isinstance(angles, Tensor) and torch.compiler.is_compiling():
@@ -90,8 +90,3 @@ def oriented_conv1d(
     if layer.channels != channels:
         raise ValueError(f"angles: expected one for each of the {channels} channels, got {layer.channels}")
     return library.conv(input, weight, bias, layer, stride, residual)
-
-
-def _autocast(device_type: str) -> bool:
-    # torch.amp.is_autocast_available would break the graph of torch.compile.
-    return device_type in library.AUTOCAST and torch.is_autocast_enabled(device_type)

@@ -342,13 +342,16 @@ for _name, _backward, _save in (
 # Autocast ------------------------------------------------------------------------------------------------------------
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is in force on devices of a type, which may have none."""
+    # torch.amp.is_autocast_available would break the graph of torch.compile.
+    return device_type in AUTOCAST and torch.is_autocast_enabled(device_type)
+
+
 def computed_dtype(input: Tensor) -> torch.dtype:
     """The dtype that a convolution of ``input`` is computed in: its own, or autocast's."""
     device_type = input.device.type
-    # torch.amp.is_autocast_available would break the graph of torch.compile.
-    if device_type in AUTOCAST and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return input.dtype
+    return torch.get_autocast_dtype(device_type) if is_autocast(device_type) else input.dtype
 
 
 def in_low_precision(

@@ -263,6 +263,7 @@ def test_compiles_in_one_graph(dynamic: bool | None, monkeypatch: pytest.MonkeyP
             y, plain = run(x), layer(x)
         assert y.dtype == BF16
         leaves = [x, layer.weight, layer.bias]
+        assert relative_error(y, expected(*(t.detach().bfloat16() for t in leaves))) < TOLERANCE[BF16]
         for a, b in zip(*([out, *torch.autograd.grad(out.float().sum(), leaves)] for out in (y, plain)), strict=True):
             torch.testing.assert_close(a, b)
     assert set(asked) == {(BF16, 8, 5)}
@@ -343,7 +344,7 @@ def test_layer_on_a_gpu(
     y64 = expected(*wide)
     for name, a, e in zip("yxwb", ours, [y64, *torch.autograd.grad(y64, wide, g.double())], strict=True):
         # The gradient of the weight is cuDNN's: seen at 1.2e-3 in float16.
-        assert relative_error(a, e) < (4e-3 if name == "w" else TOLERANCE[dtype]), name
+        assert relative_error(a, e) < (max(2e-3, TOLERANCE[dtype]) if name == "w" else TOLERANCE[dtype]), name
 
 
 @pytest.mark.gpu

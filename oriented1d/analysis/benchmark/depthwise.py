@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oriented1d.analysis.benchmark.operator import COLD_BYTES, DTYPES, TOLERANCE, ParityError, measure
+from oriented1d.analysis.benchmark.operator import COLD_BYTES, DTYPES, TOLERANCE, measure, worst_error
 from oriented1d.analysis.benchmark.results import quantiles
 from oriented1d.operator import depthwise
 
@@ -51,10 +51,7 @@ def check_parity(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> float:
     actual = depthwise.depthwise_conv2d(x, weight, bias), _grad_input(g, weight)
     w64 = weight.double()
     expected = _convolution(x.double(), w64, bias.double()), _convolution(g.double(), w64.flip(2, 3), None)
-    errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)]
-    if any(math.isnan(error) for error in errors) or max(errors) > TOLERANCE[x.dtype]:
-        raise ParityError(f"{tuple(x.shape)}: relative errors {errors}, expected at most {TOLERANCE[x.dtype]}")
-    return max(errors)
+    return worst_error(f"{tuple(x.shape)} {x.dtype}", actual, expected, TOLERANCE[x.dtype])
 
 
 def measure_case(shape: Shape, k: int, dtype: torch.dtype, device: torch.device, runs: int) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +87,19 @@ def check_parity(case: Case) -> float:
         portable.grad_input(g64, w64, layer, *case.shape[2:], case.stride, False, False),
         portable.grad_weight(g64, x64, layer, case.stride, False)[0],
     ]
+    return worst_error(str(case), actual, expected, TOLERANCE[case.dtype])
+
+
+def worst_error(what: str, actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> float:
+    """The largest relative error of several tensors against those in float64.
+
+    Raises:
+        ParityError: it is larger than ``tolerance``, or one is not a number.
+    """
     errors = [((a.double() - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)]
     worst = math.inf if any(math.isnan(error) for error in errors) else max(errors)
-    if worst > TOLERANCE[case.dtype]:
-        raise ParityError(f"{case}: relative errors {errors}, expected at most {TOLERANCE[case.dtype]}")
+    if worst > tolerance:
+        raise ParityError(f"{what}: relative errors {errors}, expected at most {tolerance}")
     return worst
 
 

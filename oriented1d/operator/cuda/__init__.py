@@ -68,17 +68,19 @@ def depthwise_unsupported(device: torch.device, dtype: torch.dtype, channels: in
     reason = compiler.unavailable(device)
     if reason is not None:
         return reason
-    sides = (torch.Size((1, channels, side, side)) for side in _SIDES)
-    if any(
-        _mma_spec(problem := _square(shape, dtype, device, kernel_size), _parts(problem)[0]) is None for shape in sides
-    ):
-        return "a device like this one"
+    taps = _square_taps(channels, kernel_size)
+    for side in _SIDES:
+        shape = torch.Size((1, channels, side, side))
+        problem = _Problem("gather", shape, shape, dtype, True, 16, device, taps, 1, True)
+        if _mma_spec(problem, _parts(problem)[0]) is None:
+            return "a device like this one"
     return None
 
 
-def _square(shape: torch.Size, dtype: torch.dtype, device: torch.device, kernel_size: int) -> _Problem:
-    taps = _square_taps(shape[1], kernel_size)
-    return _Problem("gather", shape, shape, dtype, True, 16, device, taps, 1, True)
+def depthwise_fits(shape: torch.Size, kernel_size: int) -> bool:
+    """Whether :func:`depthwise` takes so many images ``(N, C, H, W)`` of this size."""
+    n, _, height, width = shape
+    return 0 < shape.numel() < 2**31 and _countable(n, max(height, width), kernel_size)
 
 
 def _square_taps(channels: int, kernel_size: int) -> LayerTaps:
@@ -90,7 +92,7 @@ def depthwise(input: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool)
     """Depthwise convolution with kernels of two dimensions at stride 1, zero outside the image, on tensor cores.
 
     Args:
-        input: ``(N, C, H, W)``, not empty, less than 2**31 numbers.
+        input: ``(N, C, H, W)``, see :func:`depthwise_fits`.
         weight: ``(C, 1, K, K)``, of the dtype of ``input`` or float32.
         bias: ``(C,)`` or None, of the dtype of ``weight``.
         reverse: turn the kernels by half a turn, which makes it the gradient of the input.
@@ -133,17 +135,21 @@ def _expect_gradients(
         _begin(_Problem("weight", shape, output, dtype, last, 16, device, taps, stride))
 
 
-def _begin(problem: _Problem) -> None:
+def _begin(problem: _Problem) -> list[tuple[Spec | mma.Spec, int]]:
     """Start to compile what a problem needs; and later, once a layer has had images of two sizes, what others need.
 
     There are a few kernels for a layer, each for a range of sizes. Where sizes change, most of them will be needed.
+
+    Returns:
+        the kernels of this problem, with the bytes of shared memory of a block.
     """
-    for part in _parts(problem):
-        compiler.begin(_choose(problem, part)[0], problem.device)
+    chosen = [_choose(problem, part) for part in _parts(problem)]
+    for spec, _ in chosen:
+        compiler.begin(spec, problem.device)
     kind, (n, c, height, width), _, *layer = problem
     seen, stride = _sizes(kind, *layer), problem.stride
     if len(seen) == 2 or (height, width) in seen:
-        return
+        return chosen
     seen.add((height, width))
     if len(seen) == 2:
         for side in _SIDES:
@@ -152,6 +158,7 @@ def _begin(problem: _Problem) -> None:
             other = problem._replace(in_shape=shapes[0], out_shape=shapes[1])
             for part in _parts(other):
                 compiler.begin_later(_choose(other, part)[0], problem.device)
+    return chosen
 
 
 _SIDES = (7, 14, 16, 28, 32, 56, 64, 112)  # of outputs: one of every range that a kernel is chosen for
@@ -407,6 +414,11 @@ class _Problem(NamedTuple):
         return (-(-ho // self.stride), -(-wo // self.stride)) if self.kind == "adjoint" else (ho, wo)
 
 
+def _countable(images: int, longest: int, kernel_size: int) -> bool:
+    """Whether tensor core kernels can count the lines of the frames of all images."""
+    return images * (longest + kernel_size) < 2**29
+
+
 def _mma_spec(problem: _Problem, part: _Part) -> mma.Spec | None:
     """The kernel for a layer on tensor cores; None where there is none for it."""
     kind, in_shape, _, dtype, last, alignment, device, taps, stride, square, wide = problem
@@ -414,7 +426,7 @@ def _mma_spec(problem: _Problem, part: _Part) -> mma.Spec | None:
         return None
     n, _, hi, wi = in_shape
     outputs = problem.outputs
-    if n * (max(hi, wi, *outputs) + taps.kernel_size) >= 2**29:
+    if not _countable(n, max(hi, wi, *outputs), taps.kernel_size):
         return None
     vector = 1
     if last:
@@ -510,11 +522,10 @@ def _parts(problem: _Problem) -> list[_Part]:
     distinct = sorted(set(problem.taps.directions.angles))
     angles = [tuple(distinct[i : i + _ANGLES_PER_KERNEL]) for i in range(0, len(distinct), _ANGLES_PER_KERNEL)]
     rows: list[tuple[int, ...]] = [()]
-    if problem.kind == "adjoint":
-        # Each row reads the gradients: small images are faster with all of them in a kernel, which takes the compiler
-        # as many times as long.
-        every = range(problem.stride)
-        rows = [(row,) for row in every] if max(problem.outputs) > 64 else [tuple(every)]
+    # Each row reads the gradients: small images are faster with all of them in a kernel, which takes the compiler as
+    # many times as long.
+    if problem.kind == "adjoint" and max(problem.outputs) > 64:
+        rows = [(row,) for row in range(problem.stride)]
     return [_Part(*both) for both in itertools.product(angles, rows)]
 
 
@@ -554,9 +565,7 @@ def _launches(
     oh, ow = problem.outputs
     processors, _ = compiler.limits(device)
     result = []
-    _begin(problem)
-    for part in _parts(problem):
-        spec, shared = _choose(problem, part)
+    for spec, shared in _begin(problem):
         if isinstance(spec, mma.Spec):
             result.append(_mma_launch(spec, problem))
             continue
@@ -565,7 +574,7 @@ def _launches(
             most, threads, _ = source.planar_layout(spec)
         else:
             most = (spec.block.channels,) * len(programs)
-        rows = _rows(taps, part.angles, most, spec.vector, problem.sector)
+        rows = _rows(taps, spec.angles, most, spec.vector, problem.sector)
         table = list(itertools.chain(*rows))
         slots, team = 0, 1
         copies: compiler.DeviceArray | int = 0

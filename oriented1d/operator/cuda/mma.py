@@ -364,8 +364,6 @@ def choose(
     team = 2 if not last and (tiles == 4 or kind == "weight") else 1
     groups = min(4 // tiles * team, 4)
     whole = max(longest, *inputs) <= 16 * tiles
-    if kind == "adjoint":
-        phase_rows = phase_rows or tuple(range(stride))
     common = kind, dtype, vector if last else 1, kernel_size, stride, angles
     spec = Spec(*common, tiles, groups, whole, last, team, phase_rows=phase_rows, square=square, wide=wide)
     while spec.shared_bytes > memory and (spec.groups > team or spec.tiles > 1):

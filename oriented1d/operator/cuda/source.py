@@ -54,7 +54,7 @@ class Spec:
         length: outputs of a tile.
         block: what a block works on.
         phase_rows: of an adjoint, the rows of the stride's grid of phases that it computes: ``i`` stands for the rows
-            ``i``, ``i + stride``, ... of the images.
+            ``i``, ``i + stride``, ... of the images. None given are all.
         square: the kernel has two dimensions, ``kernel_size`` by ``kernel_size`` (``mma.py`` only).
         wide: weights and bias are float32, and rounded to the dtype, which has 16 bits, as they are read. A weight
             gradient reads none, and keeps False.
@@ -109,7 +109,7 @@ def programs(spec: Spec) -> tuple[Program, ...]:
             offsets = np.argwhere(np.ones((spec.kernel_size, spec.kernel_size))) - reach
         else:
             offsets = geometry.kernel_taps(angle, spec.kernel_size)
-        for phase in itertools.product(spec.phase_rows, range(s)) if spec.kind == "adjoint" else [(0, 0)]:
+        for phase in itertools.product(spec.phase_rows or range(s), range(s)) if spec.kind == "adjoint" else [(0, 0)]:
             classes: dict[tuple[int, int], list[int]] = {}
             for t, (dy, dx) in enumerate(offsets.tolist()):
                 if spec.kind != "adjoint":
