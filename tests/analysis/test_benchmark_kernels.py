@@ -17,7 +17,7 @@ DEVICE = Device(bandwidth=1e12, rate=100e12)
 
 
 def case(mode: str = "inference", dtype: str = "bfloat16") -> Case:
-    return Case("convnext_atto_1d", mode, 10, 64, dtype, "channels_last", True, "cuda", 1, 1)
+    return Case("convnext_atto_1d", mode, 10, 64, dtype, "channels_last", "default", "cuda", 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_it_needs_a_gpu(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.gpu
 def test_a_network_on_a_gpu() -> None:
-    small = Case("convnext_atto_1d", "training", 4, 64, "bfloat16", "channels_last", False, "cuda", 2, 3)
+    small = Case("convnext_atto_1d", "training", 4, 64, "bfloat16", "channels_last", "none", "cuda", 2, 3)
     result = kernels.measure(small)
     assert result.kernels[ORIENTED][0] > 20  # three directions of nine layers
     assert result.kernels[PRODUCTS][0] > 20

@@ -75,8 +75,11 @@ def _parser() -> argparse.ArgumentParser:
             "--dtype", choices=network.DTYPES, default="bfloat16", help="of autocast; float32 for none"
         )
         command.add_argument("--layout", choices=operator.LAYOUTS, default="channels_last")
-        command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
-        command.add_argument("--mode", nargs="+", choices=network.MODES, default=list(network.MODES))
+        command.add_argument(
+            "--compile", choices=network.COMPILE, default="default", help="mode of torch.compile (default: default)"
+        )
+        modes = (*network.MODES, "latency") if command is net else network.MODES
+        command.add_argument("--mode", nargs="+", choices=modes, default=list(network.MODES))
         command.add_argument("--warmup", type=_positive, default=10, help="steps before the timed ones (%(default)s)")
     tasks = []
     for task, batch, size in (("segmentation", 16, (512, 512)), ("detection", 8, (800, 1344))):

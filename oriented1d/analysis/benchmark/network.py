@@ -29,6 +29,7 @@ from oriented1d.training.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODES = ("inference", "training")
+COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
 
 C = TypeVar("C")
 M = TypeVar("M")
@@ -41,12 +42,13 @@ class Case:
     Attributes:
         model: name of a network of ours or of timm.
         mode: ``"inference"`` (the logits, in evaluation mode and without gradients) or ``"training"`` (logits, cross
-            entropy with random labels, gradients of all parameters; no optimizer's step).
+            entropy with random labels, gradients of all parameters; no optimizer's step) or ``"latency"`` (inference,
+            each result waited for).
         batch: images ``(batch, 3, size, size)``.
         size: pixels.
         dtype: of autocast; ``"float32"`` for none. Weights are float32.
         layout: of images and weights, ``"contiguous"`` or ``"channels_last"``.
-        compile: use ``torch.compile``.
+        compile: mode of ``torch.compile``, one of :data:`COMPILE`; ``"none"`` to run the network as it is.
         device: ``"cpu"`` or ``"cuda"``, with or without a number.
         warmup: steps before those that are timed.
         runs: timed steps.
@@ -58,7 +60,7 @@ class Case:
     size: int
     dtype: str
     layout: str
-    compile: bool
+    compile: str
     device: str
     warmup: int
     runs: int
@@ -92,11 +94,11 @@ def prepare(case: Case) -> tuple[Callable[[], object], Measurement]:
     model = networks.create(case.model).to(device)
     model = model.to(memory_format=layout)  # type: ignore[call-overload]
     images = torch.randn(case.batch, 3, case.size, case.size, device=device).contiguous(memory_format=layout)
-    step = _inference(model, images, case) if case.mode == "inference" else _training(model, images, case)
+    step = (_training if case.mode == "training" else _inference)(model, images, case)
     times(step, device, case.warmup)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    ms = times(step, device, case.runs)
+    ms = (latencies if case.mode == "latency" else times)(step, device, case.runs)
     if device.type == "cuda":
         return step, Measurement(ms, torch.cuda.max_memory_allocated(device) / 2**20)
     peak = _resident_mib("VmHWM")
@@ -104,7 +106,7 @@ def prepare(case: Case) -> tuple[Callable[[], object], Measurement]:
 
 
 def _inference(model: nn.Module, images: torch.Tensor, case: Case) -> Callable[[], object]:
-    run = torch.compile(model) if case.compile else model
+    run = _compiled(model, case)
 
     def step() -> None:
         with torch.inference_mode(), autocast(images.device, case.dtype):
@@ -115,7 +117,7 @@ def _inference(model: nn.Module, images: torch.Tensor, case: Case) -> Callable[[
 
 def _training(model: nn.Module, images: torch.Tensor, case: Case) -> Callable[[], object]:
     model.train()
-    run = torch.compile(model) if case.compile else model
+    run = _compiled(model, case)
     labels = torch.randint(int(model.num_classes), (case.batch,), device=images.device)  # type: ignore[arg-type]
 
     def step() -> None:
@@ -127,6 +129,10 @@ def _training(model: nn.Module, images: torch.Tensor, case: Case) -> Callable[[]
     return step
 
 
+def _compiled(model: nn.Module, case: Case) -> Callable[..., torch.Tensor]:
+    return model if case.compile == "none" else torch.compile(model, mode=case.compile)
+
+
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Autocast to one of :data:`DTYPES`; none for ``"float32"``."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
@@ -135,11 +141,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 def times(step: Callable[[], object], device: torch.device, runs: int) -> list[float]:
     """Milliseconds of each of ``runs`` steps, one after another. As in training, the GPU is not waited for between."""
     if device.type != "cuda":
-        clock = [time.perf_counter()]
-        for _ in range(runs):
-            step()
-            clock.append(time.perf_counter())
-        return [(end - start) * 1e3 for start, end in itertools.pairwise(clock)]
+        return latencies(step, device, runs)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
     torch.cuda.synchronize(device)
     events[0].record()
@@ -148,6 +150,18 @@ def times(step: Callable[[], object], device: torch.device, runs: int) -> list[f
         event.record()
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+
+def latencies(step: Callable[[], object], device: torch.device, runs: int) -> list[float]:
+    """Milliseconds of each of ``runs`` steps, from the call until the device is done with it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
+    clock = [time.perf_counter()]
+    for _ in range(runs):
+        step()
+        wait(device)
+        clock.append(time.perf_counter())
+    return [(end - start) * 1e3 for start, end in itertools.pairwise(clock)]
 
 
 def _resident_mib(key: str) -> float | None:

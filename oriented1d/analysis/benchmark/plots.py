@@ -151,7 +151,7 @@ def network_figure(rows: Sequence[Row], device: str) -> Figure:
     first = rows[0]
     ax.set_xticks(range(len(models)), [str(model) for (model,) in models], rotation=20, ha="right")
     how = (f"batch {first['batch']}", f"{first['size']}x{first['size']}", first["dtype"], first["layout"])
-    compiled = "compiled" if first["compile"] else "not compiled"
+    compiled = {"none": "not compiled", "default": "compiled"}.get(str(first["compile"]), first["compile"])
     ax.set(ylabel="images/s", title=f"{', '.join(map(str, how))}, {compiled}\n{device}")
     ax.title.set_fontsize(11)
     ax.margins(y=0.12)
