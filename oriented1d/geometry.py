@@ -70,22 +70,25 @@ def layer_angles(channels: int, num_directions: int = 8, layer_offset: float = 0
 class Directions:
     """Angles of consecutive channels, run-length encoded.
 
-    Hashable and made of Python numbers only, so that it is a constant to ``torch.compile`` and ``torch.export``.
-
     Attributes:
         angles: one angle a run, radians (exact float32 values).
         counts: number of channels of each run; they add up to the channels of the layer.
         channels: number of channels of the layer.
+        text: the same as one word a run, ``"12@0.0 12@1.5707963705062866"``, which :func:`parse` reads: a constant of
+            compiled and exported graphs.
     """
 
     angles: tuple[float, ...]
     counts: tuple[int, ...]
     channels: int = dataclasses.field(init=False, repr=False, compare=False)
+    text: str = dataclasses.field(init=False, repr=False, compare=False)
     _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Kept: every call of a layer looks its taps up, and a layer may have as many runs as channels.
+        words = [f"{count}@{angle!r}" for angle, count in zip(self.angles, self.counts, strict=True)]
         object.__setattr__(self, "channels", sum(self.counts))
+        object.__setattr__(self, "text", " ".join(words))
         object.__setattr__(self, "_hash", hash((self.angles, self.counts)))
 
     def __hash__(self) -> int:
@@ -94,6 +97,24 @@ class Directions:
     def per_channel(self) -> Tensor:
         """The angles as a float32 tensor ``(C,)`` on the CPU."""
         return torch.from_numpy(np.repeat(np.array(self.angles, np.float32), self.counts))
+
+
+@functools.lru_cache(maxsize=1024)
+def parse(text: str) -> Directions:
+    """The directions with this ``text``. Cached.
+
+    Raises:
+        ValueError: it is not the text of directions.
+    """
+    angles, counts = [], []
+    for word in text.split():
+        count, _, angle = word.partition("@")
+        try:
+            counts.append(int(count))
+            angles.append(float(angle))
+        except ValueError:
+            raise ValueError(f"angles: expected words such as 12@0.5 (channels, radians), got {word!r}") from None
+    return Directions(tuple(angles), tuple(counts))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -79,7 +79,7 @@ class OrientedConv1d(nn.Module):
         self.residual = residual
         self.weight = nn.Parameter(torch.empty(channels, 1, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self._angles = layer
+        self._directions = layer.text
         self.register_buffer("theta", layer.per_channel())
         self._seen_version = self.theta._version
         self.reset_parameters()
@@ -94,16 +94,23 @@ class OrientedConv1d(nn.Module):
     @property
     def angles(self) -> geometry.Directions:
         """The angles of the channels, run-length encoded."""
+        return geometry.parse(self.directions())
+
+    def directions(self) -> str:
+        """The text of :attr:`angles`.
+
+        A constant of compiled graphs: strings are what the guards of ``torch.compile`` check fastest.
+        """
         # DistributedDataParallel writes buffers in place.
         if not torch.compiler.is_compiling() and self.theta._version != self._seen_version:
             self._read_angles()
-        return self._angles
+        return self._directions
 
     def _read_angles(self) -> None:
-        # Python numbers beside the buffer: constants to torch.compile (which guards them), free of device reads.
+        # Text beside the buffer: a constant to torch.compile (which guards it), free of device reads.
         if self.theta.is_meta:
             return
-        self._angles = geometry.directions(self.theta)
+        self._directions = geometry.directions(self.theta).text
         self.theta = self.theta.to(torch.float32)
         self._seen_version = self.theta._version
 
@@ -122,18 +129,19 @@ class OrientedConv1d(nn.Module):
         if self.weight.stride() != (self.kernel_size, self.kernel_size, self.kernel_size, 1):
             self.weight.data = self.weight.data.view(-1).view(self.weight.shape)
         if not self.theta.is_meta:
-            self.theta = self._angles.per_channel().to(self.theta.device)
+            self.theta = geometry.parse(self._directions).per_channel().to(self.theta.device)
             self._seen_version = self.theta._version
         return self
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``."""
-        return oriented_conv1d(input, self.weight, self.angles, self.bias, stride=self.stride, residual=self.residual)
+        angles = self.directions()
+        return oriented_conv1d(input, self.weight, angles, self.bias, stride=self.stride, residual=self.residual)
 
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"directions={len(set(self._angles.angles))}, bias={self.bias is not None}, residual={self.residual}"
+            f"directions={len(set(self.angles.angles))}, bias={self.bias is not None}, residual={self.residual}"
         )
 
 

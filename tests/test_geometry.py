@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -74,6 +75,23 @@ def test_directions_are_runs() -> None:
     assert layer.per_channel().tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
     assert geometry.directions(torch.tensor([0, 0, 1, 1, 1, 0], dtype=torch.float64)) == layer
     assert geometry.directions(torch.tensor([[0, 9], [0, 9], [1, 9], [1, 9], [1, 9], [0, 9]]).float()[:, 0]) == layer
+
+
+def test_directions_are_a_text() -> None:
+    layer = geometry.directions([0.0, 0.0, 1.5, -1.5])
+    assert layer.text == "2@0.0 1@1.5 1@-1.5"
+    for angles in (geometry.layer_angles(96, 8, 0.5), torch.randn(50), torch.randn(8) * 1e-30, torch.zeros(0)):
+        layer = geometry.directions(angles)
+        assert geometry.parse(layer.text) == layer
+        assert torch.equal(geometry.parse(layer.text).per_channel(), angles)
+    assert geometry.parse(layer.text) is geometry.parse(layer.text)
+
+
+@pytest.mark.parametrize("word", ["12", "12@", "@0.5", "1.5@0.5", "12@x", "12@0.5@1"])
+def test_a_text_that_is_none_of_directions(word: str) -> None:
+    message = re.escape(f"angles: expected words such as 12@0.5 (channels, radians), got {word!r}")
+    with pytest.raises(ValueError, match=message):
+        geometry.parse(f"4@0.0 {word}")
 
 
 def test_changed_angles_are_read_again() -> None:

@@ -158,6 +158,31 @@ def test_wrong_arguments_are_named(arguments: dict, error: type[Exception], word
         OrientedConv1d(**arguments)
 
 
+def test_guards_of_a_compiled_call_look_at_text() -> None:
+    """Anything but a string would be looked into on each call, and make the modules above be looked into too."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    class Pair(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](self[0](x))
+
+    model = Pair(OrientedConv1d(8, 7), OrientedConv1d(8, 7, layer_offset=0.5))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(1, 8, 9, 9)
+    assert torch.equal(compiled(x), model(x))
+    (entry,) = _debug_get_cache_entry_list(Pair.forward.__code__)
+    guards = str(entry.guard_manager)
+    assert all(f"== '{layer.angles.text}'" in guards for layer in model)
+    assert "geometry" not in guards
+
+
+def test_a_compiled_call_with_the_angles_of_other_channels() -> None:
+    layer = OrientedConv1d(8, 7)
+    layer._directions = "4@0.0 5@1.0"
+    with pytest.raises(Exception, match="angles: expected one for each of the 8 channels, got 9"):
+        torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(1, 8, 9, 9))
+
+
 def test_own_angles() -> None:
     layer, x = OrientedConv1d(3, 7, angles=[0.0, 1.0, 2.0]), torch.randn(1, 3, 9, 10)
     assert layer.theta.tolist() == [0.0, 1.0, 2.0]

@@ -214,7 +214,7 @@ def stem_parity(device: torch.device) -> float:
         *parameters, grad_output = others
         projection, offset, weight, bias, norm_weight, norm_bias = (p.detach().requires_grad_() for p in parameters)
         leaves = projection, offset, weight, bias, norm_weight, norm_bias
-        oriented = weight, _LAYER, bias
+        oriented = weight, _LAYER.text, bias
         output = stem.oriented_stem(image, projection, offset, *oriented, norm_weight, norm_bias, 1e-6, 2)
         return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(output.dtype))]
 
@@ -229,7 +229,7 @@ def _checks(device: torch.device) -> Iterator[tuple[str, torch.dtype, Callable[[
             what = f"{backend} {_short(dtype)} {_short(layout)} stride {stride}"
             yield what, dtype, functools.partial(parity, device, backend, dtype, layout, stride)
     image = torch.empty(1, 3, 8, 8, dtype=torch.bfloat16, device=device)
-    if stem.supported(image, torch.empty(_LAYER.channels, _KERNEL_SIZE, device=device), _LAYER, 2):
+    if stem.supported(image, torch.empty(_LAYER.channels, _KERNEL_SIZE, device=device), _LAYER.text, 2):
         yield "stem bfloat16", torch.bfloat16, functools.partial(stem_parity, device)
 
 

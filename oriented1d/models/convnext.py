@@ -123,8 +123,8 @@ class OrientedStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pw, dw, norm = self.pw1, self.dw1, self.norm1
         # An export may have put other modules in their place.
-        if isinstance(dw, OrientedConv1d) and stem.supported(x, dw.weight, dw.angles, dw.stride):
-            parameters = pw.weight, pw.bias, dw.weight, dw.angles, dw.bias, norm.weight, norm.bias
+        if isinstance(dw, OrientedConv1d) and stem.supported(x, dw.weight, dw.directions(), dw.stride):
+            parameters = pw.weight, pw.bias, dw.weight, dw.directions(), dw.bias, norm.weight, norm.bias
             x = stem.oriented_stem(x, *parameters, norm.eps, dw.stride)
         else:
             x = _nchw(self.act(norm(_nhwc(dw(_nchw(pw(_nhwc(x))))))))

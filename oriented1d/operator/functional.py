@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def oriented_conv1d(
     input: Tensor,
     weight: Tensor,
-    angles: Tensor | Sequence[float] | geometry.Directions,
+    angles: Tensor | Sequence[float] | geometry.Directions | str,
     bias: Tensor | None = None,
     *,
     stride: int = 1,
@@ -33,7 +33,8 @@ def oriented_conv1d(
         weight: ``(C, K)`` or ``(C, 1, 1, K)``, K odd; dtype and device of ``input``.
         angles: ``(C,)`` radians, counter-clockwise from the horizontal. They are read on the host and get no gradient.
             A tensor of another device costs a synchronisation when it is new or has changed; inside ``torch.compile``
-            and ``torch.export`` a tensor is read when the graph runs, anything else is a constant of the graph.
+            and ``torch.export`` a tensor is read when the graph runs, anything else is a constant of the graph. Or what
+            they were read as: :class:`oriented1d.geometry.Directions`, or the text of it.
         bias: ``(C,)`` or None.
         stride: step of the output grid in pixels, both ways; the grid starts at pixel (0, 0).
         residual: add the input at the output's pixels (the centre tap counts ``weight + 1``).
@@ -85,8 +86,14 @@ def oriented_conv1d(
     if isinstance(angles, Tensor) and torch.compiler.is_compiling():
         if angles.shape != (channels,):
             raise ValueError(f"angles: expected shape ({channels},), got {tuple(angles.shape)}")
-        return library._conv(input, weight, bias, angles, (), (), stride, residual)
-    layer = angles if isinstance(angles, geometry.Directions) else geometry.directions(angles)
+        return library._conv(input, weight, bias, angles, "", stride, residual)
+    if isinstance(angles, str):
+        # Nothing but the text reaches a compiled graph, and is all that its guards look at.
+        if torch.compiler.is_compiling():
+            return library._conv(input, weight, bias, None, angles, stride, residual)
+        layer = geometry.parse(angles)
+    else:
+        layer = angles if isinstance(angles, geometry.Directions) else geometry.directions(angles)
     if layer.channels != channels:
         raise ValueError(f"angles: expected one for each of the {channels} channels, got {layer.channels}")
     return library.conv(input, weight, bias, layer, stride, residual)

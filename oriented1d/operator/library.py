@@ -7,8 +7,8 @@ in its tensors, and the derivative of each is made of the other two, so derivati
     oriented_conv1d_grad_input(g, w)   -> x     derivatives: oriented_conv1d, grad_weight
     oriented_conv1d_grad_weight(g, x)  -> w, b  derivatives: oriented_conv1d, grad_input
 
-Angles reach them in one of two ways: as ``directions`` (the runs of :class:`oriented1d.geometry.Directions`: constants
-of a compiled or exported graph), or as the tensor ``theta``, which is read on the host when the operator runs.
+Angles reach them in one of two ways: as the text of :class:`oriented1d.geometry.Directions`, a constant of a compiled
+or exported graph, or as the tensor ``theta``, which is read on the host when the operator runs.
 
 Beside images of 16 bits, weight and bias may be float32 (:func:`parameters`): an autocast call casts its images only.
 
@@ -44,7 +44,7 @@ from oriented1d import geometry
 from oriented1d.operator import cpu, portable
 from oriented1d.operator.layout import channels_last, memory_format
 
-_ANGLES = "Tensor? theta, float[] angles, int[] counts"
+_ANGLES = "Tensor? theta, str directions"
 
 _library = torch.library.Library("oriented1d", "DEF")
 for _schema in (
@@ -130,7 +130,7 @@ def _run_conv(
     recorded: bool = False,
 ) -> Tensor:
     taps = geometry.layer_taps(layer, weight.shape[-1])
-    _check_channels(input, taps)
+    _check_channels(input, taps.channels)
     backend = backend_for(input, taps, stride)
     weight, bias = parameters(input, weight, bias, wide=_rounds(backend))
     if recorded and input.is_cuda and backend is not portable:
@@ -149,7 +149,7 @@ def _run_grad_input(
     channels_last: bool,
 ) -> Tensor:
     taps = geometry.layer_taps(layer, weight.shape[-1])
-    _check_channels(grad_output, taps)
+    _check_channels(grad_output, taps.channels)
     backend = backend_for(grad_output, taps, stride)
     weight, _ = parameters(grad_output, weight, None, wide=_rounds(backend))
     return backend.grad_input(grad_output, _matrix(weight), taps, height, width, stride, residual, channels_last)
@@ -159,7 +159,7 @@ def _run_grad_weight(
     grad_output: Tensor, input: Tensor, layer: geometry.Directions, kernel_size: int, stride: int, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
     taps = geometry.layer_taps(layer, kernel_size)
-    _check_channels(grad_output, taps)
+    _check_channels(grad_output, taps.channels)
     if input.dtype != grad_output.dtype:
         raise _wrong_dtype("input", input, grad_output)
     return backend_for(input, taps, stride).grad_weight(grad_output, input, taps, stride, with_bias)
@@ -168,9 +168,9 @@ def _run_grad_weight(
 # What a traced or autocast call can only know once it runs.
 
 
-def _check_channels(images: Tensor, taps: geometry.LayerTaps) -> None:
-    if taps.channels != images.shape[1]:
-        raise ValueError(f"angles: expected one for each of the {images.shape[1]} channels, got {taps.channels}")
+def _check_channels(images: Tensor, channels: int) -> None:
+    if channels != images.shape[1]:
+        raise ValueError(f"angles: expected one for each of the {images.shape[1]} channels, got {channels}")
 
 
 def _wrong_dtype(name: str, tensor: Tensor, images: Tensor) -> TypeError:
@@ -208,37 +208,39 @@ def _matrix(weight: Tensor) -> Tensor:
 # What the dispatcher runs --------------------------------------------------------------------------------------------
 
 
-def _layer(theta: Tensor | None, angles: list[float], counts: list[int]) -> geometry.Directions:
-    return geometry.Directions(tuple(angles), tuple(counts)) if theta is None else geometry.directions(theta)
+def _layer(theta: Tensor | None, directions: str) -> geometry.Directions:
+    return geometry.parse(directions) if theta is None else geometry.directions(theta)
 
 
 @torch.library.impl(_library, "oriented_conv1d", "CompositeExplicitAutograd")
-def _impl_conv(input, weight, bias, theta, angles, counts, stride, residual):
-    return _run_conv(input, weight, bias, _layer(theta, angles, counts), stride, residual)
+def _impl_conv(input, weight, bias, theta, directions, stride, residual):
+    return _run_conv(input, weight, bias, _layer(theta, directions), stride, residual)
 
 
 @torch.library.impl(_library, "oriented_conv1d_grad_input", "CompositeExplicitAutograd")
-def _impl_grad_input(grad_output, weight, theta, angles, counts, *rest):
-    return _run_grad_input(grad_output, weight, _layer(theta, angles, counts), *rest)
+def _impl_grad_input(grad_output, weight, theta, directions, *rest):
+    return _run_grad_input(grad_output, weight, _layer(theta, directions), *rest)
 
 
 @torch.library.impl(_library, "oriented_conv1d_grad_weight", "CompositeExplicitAutograd")
-def _impl_grad_weight(grad_output, input, theta, angles, counts, *rest):
-    return _run_grad_weight(grad_output, input, _layer(theta, angles, counts), *rest)
+def _impl_grad_weight(grad_output, input, theta, directions, *rest):
+    return _run_grad_weight(grad_output, input, _layer(theta, directions), *rest)
 
 
 # Shapes and strides --------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("oriented1d::oriented_conv1d", lib=_library)
-def _fake_conv(input, weight, bias, theta, angles, counts, stride, residual):
+def _fake_conv(input, weight, bias, theta, directions, stride, residual):
     n, c, height, width = input.shape
+    if theta is None:
+        _check_channels(input, geometry.parse(directions).channels)
     shape = (n, c, (height + stride - 1) // stride, (width + stride - 1) // stride)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(channels_last(input)))
 
 
 @torch.library.register_fake("oriented1d::oriented_conv1d_grad_input", lib=_library)
-def _fake_grad_input(grad_output, weight, theta, angles, counts, height, width, stride, residual, channels_last):
+def _fake_grad_input(grad_output, weight, theta, directions, height, width, stride, residual, channels_last):
     shape = (grad_output.shape[0], grad_output.shape[1], height, width)
     return torch.empty(
         shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format(channels_last)
@@ -246,7 +248,7 @@ def _fake_grad_input(grad_output, weight, theta, angles, counts, height, width, 
 
 
 @torch.library.register_fake("oriented1d::oriented_conv1d_grad_weight", lib=_library)
-def _fake_grad_weight(grad_output, input, theta, angles, counts, kernel_size, stride, with_bias):
+def _fake_grad_weight(grad_output, input, theta, directions, kernel_size, stride, with_bias):
     c = input.shape[1]
     return input.new_empty(c, kernel_size), input.new_empty(c if with_bias else 0)
 
@@ -289,46 +291,46 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, theta, angles, counts, stride, residual = inputs
-    _keep(ctx, input, weight, theta, geometry.Directions(tuple(angles), tuple(counts)), stride, residual)
+    input, weight, _, theta, directions, stride, residual = inputs
+    _keep(ctx, input, weight, theta, geometry.parse(directions), stride, residual)
 
 
 def _conv_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx, grad_output), *([None] * 5)
+    return *_gradients(ctx, grad_output), *([None] * 4)
 
 
 def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, weight, theta, ctx.angles, ctx.counts, _, _, ctx.stride, ctx.residual, _ = inputs
+    grad_output, weight, theta, ctx.directions, _, _, ctx.stride, ctx.residual, _ = inputs
     ctx.save_for_backward(grad_output, weight, theta)
 
 
 def _grad_input_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, weight, theta = ctx.saved_tensors
-    layer = (theta, ctx.angles, ctx.counts)
+    layer = (theta, ctx.directions)
     of_grad_output = of_weight = None
     if ctx.needs_input_grad[0]:
         of_grad_output = _conv(grad, weight, None, *layer, ctx.stride, ctx.residual)
     if ctx.needs_input_grad[1]:
         of_weight = _grad_weight(grad_output, grad, *layer, weight.shape[-1], ctx.stride, False)[0]
         of_weight = of_weight.reshape(weight.shape)
-    return of_grad_output, of_weight, *([None] * 8)
+    return of_grad_output, of_weight, *([None] * 7)
 
 
 def _save_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad_output, input, theta, ctx.angles, ctx.counts, _, ctx.stride, ctx.with_bias = inputs
+    grad_output, input, theta, ctx.directions, _, ctx.stride, ctx.with_bias = inputs
     ctx.save_for_backward(grad_output, input, theta)
 
 
 def _grad_weight_backward(ctx: Any, grad_w: Tensor, grad_b: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, input, theta = ctx.saved_tensors
-    layer = (theta, ctx.angles, ctx.counts)
+    layer = (theta, ctx.directions)
     of_grad_output = of_input = None
     if ctx.needs_input_grad[0]:
         of_grad_output = _conv(input, grad_w, grad_b if ctx.with_bias else None, *layer, ctx.stride, False)
     if ctx.needs_input_grad[1]:
         size = input.shape[2:]
         of_input = _grad_input(grad_output, grad_w, *layer, *size, ctx.stride, False, channels_last(input))
-    return of_grad_output, of_input, *([None] * 6)
+    return of_grad_output, of_input, *([None] * 5)
 
 
 for _name, _backward, _save in (
@@ -439,7 +441,7 @@ def conv(
 ) -> Tensor:
     """The convolution, on the shorter road where that is open."""
     if not _is_plain(input, weight, bias):
-        return _conv(input, weight, bias, None, layer.angles, layer.counts, stride, residual)
+        return _conv(input, weight, bias, None, layer.text, stride, residual)
     device_type = "cuda" if input.is_cuda else "cpu"
     if torch.is_autocast_enabled(device_type):
         return in_low_precision(conv, device_type, input, weight, bias, layer, stride, residual)
@@ -454,7 +456,7 @@ def grad_input(
     """Gradient of the input. With ``theta``, or to be differentiated again, it is the dispatcher's."""
     if theta is None and _is_plain(grad_output, weight) and not _is_recorded(grad_output, weight):
         return _run_grad_input(grad_output, weight, layer, *how)
-    return _grad_input(grad_output, weight, theta, layer.angles, layer.counts, *how)
+    return _grad_input(grad_output, weight, theta, layer.text, *how)
 
 
 def grad_weight(
@@ -463,7 +465,7 @@ def grad_weight(
     """Gradients of weight and bias. With ``theta``, or to be differentiated again, they are the dispatcher's."""
     if theta is None and _is_plain(grad_output, input) and not _is_recorded(grad_output, input):
         return _run_grad_weight(grad_output, input, layer, *how)
-    return _grad_weight(grad_output, input, theta, layer.angles, layer.counts, *how)
+    return _grad_weight(grad_output, input, theta, layer.text, *how)
 
 
 # FLOPs ---------------------------------------------------------------------------------------------------------------

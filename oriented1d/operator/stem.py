@@ -20,20 +20,20 @@ _library = torch.library.Library("oriented1d", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _library.define(
     "oriented_stem(Tensor image, Tensor projection, Tensor? offset, Tensor weight, Tensor? bias, Tensor norm_weight,"
-    " Tensor norm_bias, float eps, float[] angles, int[] counts, int stride, ScalarType dtype, bool keep)"
+    " Tensor norm_bias, float eps, str directions, int stride, ScalarType dtype, bool keep)"
     " -> (Tensor, Tensor)",
     tags=_tags,
 )
 _library.define(
     "oriented_stem_backward(Tensor grad_output, Tensor conv, Tensor image, Tensor norm_weight, Tensor norm_bias,"
-    " float eps, float[] angles, int[] counts, int kernel_size, int stride) -> (Tensor, Tensor, Tensor)",
+    " float eps, str directions, int kernel_size, int stride) -> (Tensor, Tensor, Tensor)",
     tags=_tags,
 )
 _forward = torch.ops.oriented1d.oriented_stem.default
 _gradients = torch.ops.oriented1d.oriented_stem_backward.default
 
 
-def supported(image: Tensor, weight: Tensor, layer: geometry.Directions, stride: int) -> bool:
+def supported(image: Tensor, weight: Tensor, directions: str, stride: int) -> bool:
     """Whether :func:`oriented_stem` has a kernel for images ``(N, I, H, W)`` like this one, under the autocast in
     force."""
     return image.is_cuda and _has_kernel(
@@ -41,8 +41,7 @@ def supported(image: Tensor, weight: Tensor, layer: geometry.Directions, stride:
         image.dtype,
         library.computed_dtype(image),
         image.shape[1],
-        layer.angles,
-        layer.counts,
+        directions,
         weight.shape[-1],
         stride,
     )
@@ -54,14 +53,13 @@ def _has_kernel(
     image: torch.dtype,
     dtype: torch.dtype,
     channels: int,
-    angles: tuple[float, ...],
-    counts: tuple[int, ...],
+    directions: str,
     kernel_size: int,
     stride: int,
 ) -> bool:
     from oriented1d.operator.cuda import stem
 
-    return stem.unsupported(device, dtype, image, channels, _taps(angles, counts, kernel_size), stride) is None
+    return stem.unsupported(device, dtype, image, channels, _taps(directions, kernel_size), stride) is None
 
 
 def oriented_stem(
@@ -69,7 +67,7 @@ def oriented_stem(
     projection: Tensor,
     offset: Tensor | None,
     weight: Tensor,
-    layer: geometry.Directions,
+    directions: str,
     bias: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -82,7 +80,7 @@ def oriented_stem(
         image: ``(N, I, H, W)``, any strides.
         projection: ``(C, I)`` and ``offset`` ``(C,)`` or None: the pointwise layer.
         weight: ``(C, K)`` or ``(C, 1, 1, K)`` and ``bias`` ``(C,)`` or None: the oriented layer.
-        layer: its angles.
+        directions: the text of its angles (:class:`oriented1d.geometry.Directions`).
         norm_weight, norm_bias, eps: LayerNorm over the ``C`` channels of a pixel.
         stride: of the output grid, pixels.
 
@@ -93,11 +91,11 @@ def oriented_stem(
     """
     tensors = image, projection, offset, weight, bias, norm_weight, norm_bias
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _forward(*tensors, eps, layer.angles, layer.counts, stride, library.computed_dtype(image), keep)[0]
+    return _forward(*tensors, eps, directions, stride, library.computed_dtype(image), keep)[0]
 
 
-def _taps(angles: Any, counts: Any, kernel_size: int) -> geometry.LayerTaps:
-    return geometry.layer_taps(geometry.Directions(tuple(angles), tuple(counts)), kernel_size)
+def _taps(directions: str, kernel_size: int) -> geometry.LayerTaps:
+    return geometry.layer_taps(geometry.parse(directions), kernel_size)
 
 
 def _norm_gelu(conv: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -126,20 +124,20 @@ def _norm_gelu_backward(
 
 @torch.library.impl(_library, "oriented_stem", "CUDA")
 def _cuda_forward(
-    image, projection, offset, weight, bias, norm_weight, norm_bias, eps, angles, counts, stride, dtype, keep
+    image, projection, offset, weight, bias, norm_weight, norm_bias, eps, directions, stride, dtype, keep
 ):
     from oriented1d.operator.cuda import stem
 
-    taps = _taps(angles, counts, weight.shape[-1])
+    taps = _taps(directions, weight.shape[-1])
     parameters = projection, offset, weight, bias, norm_weight, norm_bias
     return stem.forward(image, parameters, eps, taps, stride, dtype, keep)
 
 
 @torch.library.impl(_library, "oriented_stem_backward", "CUDA")
-def _cuda_backward(grad_output, conv, image, norm_weight, norm_bias, eps, angles, counts, kernel_size, stride):
+def _cuda_backward(grad_output, conv, image, norm_weight, norm_bias, eps, directions, kernel_size, stride):
     from oriented1d.operator.cuda import stem
 
-    taps = _taps(angles, counts, kernel_size)
+    taps = _taps(directions, kernel_size)
     return stem.backward(grad_output, conv, image, norm_weight, norm_bias, eps, taps, stride)
 
 
@@ -147,20 +145,18 @@ def _cuda_backward(grad_output, conv, image, norm_weight, norm_bias, eps, angles
 
 
 @torch.library.impl(_library, "oriented_stem", "CPU")
-def _cpu_forward(
-    image, projection, offset, weight, bias, norm_weight, norm_bias, eps, angles, counts, stride, dtype, keep
-):
+def _cpu_forward(image, projection, offset, weight, bias, norm_weight, norm_bias, eps, directions, stride, dtype, keep):
     x = torch.einsum("ci,nihw->nchw", projection, image.to(projection.dtype))
     x = x if offset is None else x + offset[:, None, None]
-    y = portable.forward(x, weight.flatten(1), bias, _taps(angles, counts, weight.shape[-1]), stride, False)
+    y = portable.forward(x, weight.flatten(1), bias, _taps(directions, weight.shape[-1]), stride, False)
     y = y.to(dtype, memory_format=torch.channels_last)
     z = _norm_gelu(y, norm_weight, norm_bias, eps).to(dtype, memory_format=torch.channels_last)
     return z, y if keep else y.new_empty(0)
 
 
 @torch.library.impl(_library, "oriented_stem_backward", "CPU")
-def _cpu_backward(grad_output, conv, image, norm_weight, norm_bias, eps, angles, counts, kernel_size, stride):
-    taps = _taps(angles, counts, kernel_size)
+def _cpu_backward(grad_output, conv, image, norm_weight, norm_bias, eps, directions, kernel_size, stride):
+    taps = _taps(directions, kernel_size)
     g, of_weight, of_bias = _norm_gelu_backward(grad_output, conv, norm_weight, norm_bias, eps)
     channels = torch.cat([image, torch.ones_like(image[:, :1])], 1).to(g.dtype).split(1, 1)
     parts = [portable.grad_weight(g, x.expand(-1, taps.channels, -1, -1), taps, stride, False)[0] for x in channels]
@@ -169,7 +165,7 @@ def _cpu_backward(grad_output, conv, image, norm_weight, norm_bias, eps, angles,
 
 @torch.library.register_fake("oriented1d::oriented_stem", lib=_library)
 def _fake_forward(
-    image, projection, offset, weight, bias, norm_weight, norm_bias, eps, angles, counts, stride, dtype, keep
+    image, projection, offset, weight, bias, norm_weight, norm_bias, eps, directions, stride, dtype, keep
 ):
     n, _, height, width = image.shape
     shape = (n, weight.shape[0], (height + stride - 1) // stride, (width + stride - 1) // stride)
@@ -178,7 +174,7 @@ def _fake_forward(
 
 
 @torch.library.register_fake("oriented1d::oriented_stem_backward", lib=_library)
-def _fake_backward(grad_output, conv, image, norm_weight, norm_bias, eps, angles, counts, kernel_size, stride):
+def _fake_backward(grad_output, conv, image, norm_weight, norm_bias, eps, directions, kernel_size, stride):
     c = grad_output.shape[1]
     sums = torch.promote_types(conv.dtype, torch.float32)
     shapes = (c, kernel_size, image.shape[1] + 1), (c,), (c,)
@@ -195,8 +191,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
         norm_weight,
         norm_bias,
         ctx.eps,
-        ctx.angles,
-        ctx.counts,
+        ctx.directions,
         ctx.stride,
         _,
         _,
@@ -215,10 +210,10 @@ def _backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...
     of_image = of_offset = of_bias = None
     if ctx.needs_input_grad[0]:
         g = _norm_gelu_backward(grad_output, conv, *norm)[0].to(grad_output.dtype)
-        how = ctx.angles, ctx.counts, *image.shape[2:], ctx.stride, False, True
+        how = ctx.directions, *image.shape[2:], ctx.stride, False, True
         g = torch.ops.oriented1d.oriented_conv1d_grad_input(g, weight.to(g.dtype), None, *how)
         of_image = torch.einsum("ci,nchw->nihw", projection.to(g.dtype), g).to(image.dtype)
-    how = *norm, ctx.angles, ctx.counts, k, ctx.stride
+    how = *norm, ctx.directions, k, ctx.stride
     sums, of_norm_weight, of_norm_bias = _gradients(grad_output, conv, image, *how)
     w, p = weight.reshape(-1, k, 1).to(sums.dtype), projection.to(sums.dtype)
     pair = torch.cat([p, torch.zeros_like(p[:, :1]) if offset is None else offset.to(sums.dtype)[:, None]], 1)
@@ -230,7 +225,7 @@ def _backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...
     if ctx.bias_dtype is not None:  # the centre tap never leaves the image
         of_bias = sums[:, k // 2, -1].to(ctx.bias_dtype)
     of_norm = of_norm_weight.to(norm_weight.dtype), of_norm_bias.to(norm_bias.dtype)
-    return of_image, of_projection, of_offset, of_weight, of_bias, *of_norm, *([None] * 6)
+    return of_image, of_projection, of_offset, of_weight, of_bias, *of_norm, *([None] * 5)
 
 
 torch.library.register_autograd("oriented1d::oriented_stem", _backward, setup_context=_save, lib=_library)

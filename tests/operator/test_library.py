@@ -19,8 +19,8 @@ from tests.operator import reference
 from tests.operator.reference import relative_error
 
 LAYER = geometry.directions(geometry.layer_angles(8))
-RUNS = (None, list(LAYER.angles), list(LAYER.counts))
-THETA = (LAYER.per_channel(), [], [])
+RUNS = (None, LAYER.text)
+THETA = (LAYER.per_channel(), "")
 
 
 def double(*size: int) -> torch.Tensor:

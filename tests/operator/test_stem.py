@@ -23,7 +23,7 @@ def parameters(c: int, i: int, k: int, offset: bool = True, bias: bool = True, *
 
 def in_one_pass(image: Tensor, tensors: list[Tensor | None], layer: geometry.Directions, stride: int) -> Tensor:
     projection, offset, weight, bias, *norm = tensors
-    return oriented_stem(image, projection, offset, weight, layer, bias, *norm, EPS, stride)
+    return oriented_stem(image, projection, offset, weight, layer.text, bias, *norm, EPS, stride)
 
 
 def one_after_another(image: Tensor, tensors: list[Tensor | None], layer: geometry.Directions, stride: int) -> Tensor:
@@ -54,12 +54,12 @@ def test_derivatives(offset: bool, bias: bool) -> None:
 def test_opcheck() -> None:
     projection, offset, weight, bias, *norm = parameters(16, 3, 5)
     layer = geometry.directions(geometry.layer_angles(16))
-    image, angles = torch.randn(2, 3, 6, 5), [list(layer.angles), list(layer.counts)]
+    image = torch.randn(2, 3, 6, 5)
     stem = torch.ops.oriented1d.oriented_stem
     for keep in (True, False):
         leaves = [t.detach().requires_grad_(keep) for t in (projection, offset, weight, bias, *norm)]
-        torch.library.opcheck(stem, (image, *leaves, EPS, *angles, 2, torch.float32, keep))
-    arguments = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3), image, *(t.detach() for t in norm), EPS, *angles
+        torch.library.opcheck(stem, (image, *leaves, EPS, layer.text, 2, torch.float32, keep))
+    arguments = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3), image, *(t.detach() for t in norm), EPS, layer.text
     torch.library.opcheck(torch.ops.oriented1d.oriented_stem_backward, (*arguments, 5, 2))
 
 
@@ -68,7 +68,7 @@ def test_the_choice_of_a_kernel_does_not_break_a_graph() -> None:
     device, dtype = torch.device("cuda", 0), torch.bfloat16
 
     def run(x: Tensor) -> Tensor:
-        five = _has_kernel(device, dtype, dtype, 5, angles.angles, angles.counts, 7, 2)  # channels of the image
+        five = _has_kernel(device, dtype, dtype, 5, angles.text, 7, 2)  # channels of the image
         return x - 1 if five else x + 1
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
@@ -112,7 +112,7 @@ def test_as_one_after_another(size, c: int, i: int, kernel_size: int, stride: in
     view = torch.randn(n, i + 1, height, width + 3, device="cuda").to(dtype)[:, :i, :, 2:-1]
     for image in (view, view.contiguous(memory_format=torch.channels_last)):
         with torch.autocast("cuda", torch.bfloat16):
-            assert supported(image, tensors[2], layer, stride)
+            assert supported(image, tensors[2], layer.text, stride)
             # What is freed here is what the output is written to.
             shape = n, c, -(-height // stride), -(-width // stride)
             poison = torch.full(shape, torch.nan, device="cuda", dtype=torch.bfloat16)
