@@ -244,7 +244,10 @@ def test_a_network_on_a_gpu(compile: str, mode: str) -> None:
     assert all(0 < ms < 60_000 for ms in measured.ms)
     parameters = 3_667_648 * 4 / 2**20
     at_least = 2 * parameters if mode == "training" else parameters  # weights, and their gradients
-    assert at_least < measured.peak_memory_mib < 1024
+    if compile == "none":
+        assert at_least < measured.peak_memory_mib < 1024
+    else:
+        assert measured.peak_memory_mib is None
 
 
 def test_rates_are_images_by_time() -> None:

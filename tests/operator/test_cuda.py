@@ -1,5 +1,7 @@
 """The CUDA kernels: compiled anywhere, run where there is a GPU."""
 
+import collections
+import ctypes
 import itertools
 import math
 import os
@@ -9,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,7 +254,53 @@ def test_every_image_is_the_work_of_one_block(slots: int, team: int) -> None:
     }
     assert set(done) == expected
     assert all(sorted(seen) == list(range(images)) for seen in done.values())
-    assert {row: sorted(seen) for row, seen in numbers.items()} == {row: list(range(n)) for row, n in parts.items()}
+    for row, count in zip(itertools.chain(*rows), parts.tolist(), strict=True):
+        assert sorted(numbers[row]) == list(range(count))
+
+
+def test_tables_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal ones are one: a size that was forgotten and comes again takes no more."""
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator.cuda import compiler
+
+    success, allocated = compiler.driver.CUresult.CUDA_SUCCESS, []
+
+    def allocate(size: int) -> tuple:
+        allocated.append(np.full(size + 256, 255, dtype=np.uint8))
+        return success, -(-allocated[-1].ctypes.data // 256) * 256
+
+    def copy(to: int, source: int, size: int, stream: str) -> tuple:
+        assert stream == "stream"
+        ctypes.memmove(to, source, size)
+        return (success,)
+
+    fake = SimpleNamespace(
+        CUresult=compiler.driver.CUresult,
+        CUstream_flags=compiler.driver.CUstream_flags,
+        cuStreamCreate=lambda flags: (success, "stream"),
+        cuMemAlloc=allocate,
+        cuMemcpyHtoDAsync=copy,
+        cuStreamSynchronize=lambda stream: (success,),
+    )
+    monkeypatch.setattr(compiler, "driver", fake)
+    monkeypatch.setattr(compiler, "_bind", lambda device: None)
+    monkeypatch.setattr(compiler, "_stores", collections.defaultdict(compiler._Store))
+    device = torch.device("cuda", 0)
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-(2**31), 2**31, size, dtype=np.int32) for size in (1, 7, (50, 8), 64, 10**6, 3, (2, 5))]
+    placed = [compiler.DeviceArray(array, device) for array in arrays]
+    for array, there in zip(arrays, placed, strict=True):
+        seen = np.ctypeslib.as_array(ctypes.cast(there.pointer, ctypes.POINTER(ctypes.c_int32)), array.shape)
+        assert np.array_equal(seen, array)
+        assert there.pointer % 256 == 0
+    assert [len(chunk) - 256 for chunk in allocated] == [2**20, 4 * 10**6, 2**20]
+    for array, there in zip(arrays, placed, strict=True):
+        assert compiler.DeviceArray(array.copy(), device).pointer == there.pointer
+    assert compiler.DeviceArray(arrays[0], torch.device("cuda", 1)).pointer != placed[0].pointer
+    assert len(allocated) == 4
+    fake.cuMemAlloc = lambda size: (compiler.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0)
+    with pytest.raises(RuntimeError, match=r"cannot copy numbers to a device .*OUT_OF_MEMORY"):
+        compiler.DeviceArray(np.zeros(2**20, dtype=np.int32), device)
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
@@ -344,7 +393,8 @@ def test_the_forward_pass_begins_to_compile_all_of_the_backward_pass(
 ) -> None:
     from oriented1d.operator.cuda import compiler
 
-    angles = torch.full((16,), 0.1 + 0.01 * torch.rand(()).item()).double()  # no other test has compiled it
+    # No other test has compiled it; the two in bfloat16 would have the same kernel for the gradient of the weights.
+    angles = torch.full((16,), 0.1 + 0.01 * torch.rand(()).item() + 0.02 * autocast).double()
     x = torch.randn(2, 16, 20, 20, device="cuda", dtype=dtype).to(memory_format=FORMATS[fmt])
     w = torch.randn(16, 7, device="cuda", dtype=torch.float32 if autocast else dtype)
     before = len(compiler._codes)

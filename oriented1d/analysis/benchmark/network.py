@@ -29,7 +29,9 @@ from oriented1d.training.errors import UserError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODES = ("inference", "training")
-COMPILE = ("none", "default", "reduce-overhead", "max-autotune")
+GRAPHS = ("reduce-overhead", "max-autotune")
+COMPILE = ("none", "default", *GRAPHS)
+"""Modes of ``torch.compile``; those of :data:`GRAPHS` record CUDA graphs."""
 
 C = TypeVar("C")
 M = TypeVar("M")
@@ -74,7 +76,8 @@ class Measurement:
         ms: milliseconds of each timed step.
         peak_memory_mib: on CUDA the most that PyTorch's allocator had given out at once during the timed steps, weights
             included. On the CPU the growth of the process's resident memory from before the network was made to its
-            peak, warm-up and compilation included; None where the system does not tell.
+            peak, warm-up and compilation included. None where the system does not tell, and with CUDA graphs, whose
+            memory the allocator does not count when they run.
     """
 
     ms: list[float]
@@ -100,7 +103,8 @@ def prepare(case: Case) -> tuple[Callable[[], object], Measurement]:
         torch.cuda.reset_peak_memory_stats(device)
     ms = (latencies if case.mode == "latency" else times)(step, device, case.runs)
     if device.type == "cuda":
-        return step, Measurement(ms, torch.cuda.max_memory_allocated(device) / 2**20)
+        counted = case.compile not in GRAPHS
+        return step, Measurement(ms, torch.cuda.max_memory_allocated(device) / 2**20 if counted else None)
     peak = _resident_mib("VmHWM")
     return step, Measurement(ms, None if before is None or peak is None else peak - before)
 

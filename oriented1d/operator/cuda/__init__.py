@@ -258,9 +258,9 @@ class _Launch:
 
     def __post_init__(self) -> None:
         self._config = compiler.config(self.grid, self.threads, self.shared)
-        self._constants = tuple(value if isinstance(value, int) else int(value.pointer) for value in self.constants)
+        self._constants = tuple(value if isinstance(value, int) else value.pointer for value in self.constants)
         self._reduce_config = compiler.config((self.rows, 4, 1), 256, 0)
-        self._reduce_constants = (int(self.table.pointer), self.channels, self.parts)
+        self._reduce_constants = (self.table.pointer, self.channels, self.parts)
 
     def run(self, *pointers: int, after: tuple[int, ...] = ()) -> None:
         self.code.launch("run", self._config, *pointers, *self._constants, *after)
@@ -474,8 +474,10 @@ def _mma_launch(spec: mma.Spec, problem: _Problem) -> _Launch:
 
 def _work(
     rows: list[list[tuple[int, int, int]]], groups: list[int], costs: list[float], images: int, slots: int, team: int
-) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, int, int], int]]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What each block does.
+
+    Every new size of images asks for it, with thousands of segments: hence the arrays.
 
     Args:
         rows: for each program, ``(program, first channel, number of channels)`` of what a block works on at a time.
@@ -487,34 +489,51 @@ def _work(
 
     Returns:
         The first segment of each block ``(blocks + 1,)`` and the segments ``(S, 8)`` (program, first channel, number of
-        channels, group, first image, behind the last image, part, 0), both int32; and the number of parts of each row.
+        channels, group, first image, behind the last image, part, 0); and the number of parts of each row, in the order
+        of ``rows``. All int32.
     """
-    jobs = [
-        (part[i : i + team], group, cost)
-        for part, number, cost in zip(rows, groups, costs, strict=True)
-        for group in range(number)
-        for i in range(0, len(part), team)
-    ]
+    table = np.array(list(itertools.chain(*rows)), dtype=np.int32).reshape(-1, 3)
+    # A job is a team of rows and a group; `members` are its rows, -1 where the team is smaller.
+    members, group_of, cost = [], [], []
+    first_row = 0
+    for part, number, each in zip(rows, groups, costs, strict=True):
+        teams = -(-len(part) // team)
+        ids = np.full(teams * team, -1, dtype=np.int32)
+        ids[: len(part)] = np.arange(first_row, first_row + len(part))
+        members.append(np.tile(ids.reshape(teams, team), (number, 1)))
+        group_of.append(np.repeat(np.arange(number, dtype=np.int32), teams))
+        cost.append(np.full(number * teams, each))
+        first_row += len(part)
+    member, group, each_cost = np.concatenate(members), np.concatenate(group_of), np.concatenate(cost)[:, None]
+    jobs = len(member)
     if slots:
-        cost = np.array([cost for _, _, cost in jobs])[:, None]
-        middle = np.cumsum(cost * images)[:, None] + (np.arange(images) + 0.5 - images) * cost
+        middle = np.cumsum(each_cost * images)[:, None] + (np.arange(images) + 0.5 - images) * each_cost
         # Two rounds even out what the costs do not say, but are worth it only if a block has much to do.
-        rounds = 2 if len(jobs) * team * images >= 12 * slots else 1
-        teams = max(1, min(slots * rounds // team, len(jobs) * images))
-        owner = np.minimum((middle * (teams / (cost.sum() * images))).astype(np.int64), teams - 1)
+        rounds = 2 if jobs * team * images >= 12 * slots else 1
+        blocks = max(1, min(slots * rounds // team, jobs * images))
+        owner = np.minimum((middle * (blocks / (each_cost.sum() * images))).astype(np.int64), blocks - 1)
     else:
-        owner = np.arange(images) // 16 * len(jobs) + np.arange(len(jobs))[:, None]
-        teams = -(-images // 16) * len(jobs)
-    work: list[list[list[int]]] = [[] for _ in range(teams * team)]
-    parts: dict[tuple[int, int, int], int] = {}
-    for (members, group, _), owners in zip(jobs, owner, strict=True):
-        cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), images]
-        for (member, row), (first, stop) in itertools.product(enumerate(members), itertools.pairwise(cuts)):
-            part = parts.get(row, 0)
-            work[owners[first] * team + member].append([*row, group, first, stop, part, 0])
-            parts[row] = part + 1
-    starts = np.cumsum([0, *map(len, work)], dtype=np.int32)
-    return starts, np.array([segment for block in work for segment in block], dtype=np.int32), parts
+        owner = np.arange(images) // 16 * jobs + np.arange(jobs)[:, None]
+        blocks = -(-images // 16) * jobs
+    # Neighbouring images of a job with the same owner are a segment, once for each member.
+    begins = np.ones(owner.shape, dtype=bool)
+    begins[:, 1:] = owner[:, 1:] != owner[:, :-1]
+    job, first = np.nonzero(begins)
+    last_of_job = np.append(job[1:] != job[:-1], True)
+    stop = np.where(last_of_job, images, np.append(first[1:], images))
+    segment, seat = np.nonzero(member[job] >= 0)
+    row = member[job][segment, seat]
+    # The parts of a row are numbered in the order of its segments.
+    counts = np.bincount(row, minlength=len(table)).astype(np.int32)
+    by_row = np.argsort(row, kind="stable")
+    number_of = np.empty(len(row), dtype=np.int64)
+    number_of[by_row] = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    work = np.zeros((len(row), 8), dtype=np.int32)
+    work[:, :3], work[:, 3] = table[row], group[job[segment]]
+    work[:, 4], work[:, 5], work[:, 6] = first[segment], stop[segment], number_of
+    block = owner[job, first][segment] * team + seat
+    starts = np.concatenate([[0], np.cumsum(np.bincount(block, minlength=blocks * team))]).astype(np.int32)
+    return starts, work[np.argsort(block, kind="stable")], counts
 
 
 def _parts(problem: _Problem) -> list[_Part]:
@@ -545,7 +564,7 @@ def _choose(problem: _Problem, part: _Part) -> tuple[Spec | mma.Spec, int]:
     return _spec(kind, last, dtype, taps.kernel_size, stride, part, even, widest, *sizes, memory, wide)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=2**15)  # three for each layer and size: those of a thousand sizes of a network
 def _launches(
     kind: str,
     in_shape: torch.Size,
@@ -596,10 +615,10 @@ def _launches(
                 threads,
                 shared,
                 (compiler.DeviceArray(starts, device), compiler.DeviceArray(work, device), c, hi, wi, ho, wo, copies),
-                compiler.DeviceArray(np.array([(*row, parts[row]) for row in table], dtype=np.int32), device),
+                compiler.DeviceArray(np.column_stack([table, parts]).astype(np.int32), device),
                 len(table),
                 c,
-                (max(parts.values()), c, max(len(program.fold) for program in programs) + 1),
+                (int(parts.max()), c, max(len(program.fold) for program in programs) + 1),
                 0,
             )
         )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import threading
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -109,15 +111,63 @@ def _bind(device: int) -> None:
 
 
 class DeviceArray:
-    """Numbers on a device, outside of PyTorch's memory: that of a CUDA graph being recorded must not hold them."""
+    """Numbers on a device, outside of PyTorch's memory: that of a CUDA graph being recorded must not hold them.
+
+    They stay there, since a graph may read them again at any time; equal ones are one.
+    """
 
     def __init__(self, array: np.ndarray, device: torch.device) -> None:
         _bind(device.index)
-        error, self.pointer = driver.cuMemAlloc(array.nbytes)
-        if error == driver.CUresult.CUDA_SUCCESS:
-            (error,) = driver.cuMemcpyHtoD(self.pointer, array.ctypes.data, array.nbytes)
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"cannot copy {array.nbytes} bytes to {device} ({error})")
+        array = np.ascontiguousarray(array)
+        self.pointer: int = _stores[device.index].place(array)
+
+
+_CHUNK = 2**20  # bytes
+
+
+class _Store:
+    """Arrays on one device.
+
+    A new size of images has dozens of them. So they share allocations, and are copied beside PyTorch's stream: the host
+    waits for the copy and not for the work before it.
+    """
+
+    def __init__(self) -> None:
+        self._pointers: dict[tuple[bytes, int], int] = {}
+        self._stream: driver.CUstream | None = None
+        self._free = self._end = 0
+
+    def place(self, array: np.ndarray) -> int:
+        """Where an array with these bytes is."""
+        key = hashlib.sha256(array.data).digest(), array.nbytes
+        with _lock:
+            if key not in self._pointers:
+                self._pointers[key] = self._copy(array)
+            return self._pointers[key]
+
+    def _copy(self, array: np.ndarray) -> int:
+        if self._stream is None:
+            self._stream = _checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        if self._end - self._free < array.nbytes:
+            size = max(_CHUNK, array.nbytes)
+            self._free = int(_checked(driver.cuMemAlloc(size)))
+            self._end = self._free + size
+        pointer = self._free
+        self._free += -(-array.nbytes // 256) * 256
+        _checked(driver.cuMemcpyHtoDAsync(pointer, array.ctypes.data, array.nbytes, self._stream))
+        _checked(driver.cuStreamSynchronize(self._stream))
+        return pointer
+
+
+_stores: collections.defaultdict[int, _Store] = collections.defaultdict(_Store)
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """What a function of the driver gives, behind its error."""
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cannot copy numbers to a device ({error})")
+    return values[0] if values else None
 
 
 _already = contextlib.nullcontext()

@@ -284,6 +284,7 @@ def share(
     strips = -(-max(outputs) // (16 * spec.tiles))
     apart = not spec.last or all(start % 16 == 0 and count % 16 == 0 for _, start, count in groups)
 
+    @functools.cache
     def cost(program: int, images: int) -> tuple[float, int]:
         # Microseconds of a step on one H200, by its blocks of 8 columns; and the number of steps.
         band = programs(spec)[program][1]
@@ -295,8 +296,10 @@ def share(
         return steps * (base + slope * len(band.blocks)) * spec.groups * spec.tiles / (4 * spec.team), steps
 
     def makespan(blocks: list[float]) -> float:
-        free = [0.0] * processors
-        for block in blocks:
+        if len(blocks) <= processors:
+            return max(blocks, default=-_START) + _START
+        free = sorted(block + _START for block in blocks[:processors])
+        for block in blocks[processors:]:
             heapq.heapreplace(free, free[0] + block + _START)
         return max(free)
 
@@ -309,11 +312,11 @@ def share(
             if best is None or makespan(times) < best[0]:
                 best = makespan(times), rows, True
     all_of = [cost(program, images) for program, _, _ in groups]
+    # One block more for the group whose blocks take longest, until there are enough.
+    parts = [1] * len(groups)
+    heap = [(-time, index) for index, (time, _) in enumerate(all_of)]
+    heapq.heapify(heap)
     for waves in (1, 2, 3, 4):
-        parts = [1] * len(groups)
-        # One block more for the group whose blocks take longest, until there are enough.
-        heap = [(-time, index) for index, (time, _) in enumerate(all_of)]
-        heapq.heapify(heap)
         while sum(parts) * strips < processors * waves and heap:
             _, index = heapq.heappop(heap)
             if parts[index] < max(1, all_of[index][1] // 2):

@@ -140,7 +140,7 @@ def _table(spec: Spec, taps: LayerTaps) -> np.ndarray:
 def _launch(plan: _Plan, image: Tensor, size: tuple[int, int], blocks: int, eps: float, *pointers: int) -> None:
     n, _, height, width = image.shape
     config = compiler.config((blocks, 1, 1), 32 * plan.spec.warps, plan.spec.shared_bytes)
-    table, bits = int(plan.table.pointer), int(np.float32(eps).view(np.int32))
+    table, bits = plan.table.pointer, int(np.float32(eps).view(np.int32))
     arguments = *image.stride(), n, height, width, *size, *_tiles(size), bits
     plan.code.launch("run", config, image.data_ptr(), *pointers, table, *arguments)
 
@@ -215,7 +215,7 @@ def backward(
         pointers = [t.data_ptr() for t in (g, conv, *floats, partial, partial_norm)]
         _launch(plan, image, size, blocks, eps, *pointers)
         config = compiler.config((-(-c * kernel_size // 8), 1, 1), 256, 0)
-        plan.code.launch("reduce", config, partial.data_ptr(), sums.data_ptr(), int(plan.table.pointer), blocks)
+        plan.code.launch("reduce", config, partial.data_ptr(), sums.data_ptr(), plan.table.pointer, blocks)
         config = compiler.config((2 * c, 1, 1), 32, 0)
         plan.code.launch("reduce_norm", config, partial_norm.data_ptr(), norm.data_ptr(), blocks)
     return sums, norm[0], norm[1]
