@@ -604,7 +604,7 @@ def _launches(
             if source.listed(spec):
                 copies = compiler.DeviceArray(source.places(spec, hi, wi), device)
         else:
-            groups = [source.strips(spec, program, oh, ow) for program in programs]
+            groups = source.strips(spec, oh, ow)
             threads = spec.block.tiles * max(count for _, _, count in table) // spec.vector
             copies = _granule(taps, table, dtype.itemsize, alignment)
         starts, work, parts = _work(rows, groups, source.costs(spec), n, slots, team)

@@ -326,19 +326,26 @@ def _in_drift(spec: Spec, tile: Tile, u: int) -> int:
     return (u * tile.advance + tile.phase * s) // tile.length
 
 
-def strips(spec: Spec, program: Program, height: int, width: int) -> int:
-    """Number of strips that cover outputs of ``height`` x ``width``."""
-    shape, reach = strip(spec, program), spec.length * spec.block.along
-    us, vs = (height, width) if program.tile.steep else (width, height)
-    return -(-us // reach) * -(-(vs + shape.shift[1] - shape.shift[0]) // shape.groups)
+@functools.lru_cache(maxsize=256)
+def _strips(spec: Spec) -> tuple[tuple[Strip, bool], ...]:
+    """The strip of each program, and whether it is steep."""
+    return tuple((strip(spec, program), program.tile.steep) for program in programs(spec))
+
+
+def strips(spec: Spec, height: int, width: int) -> list[int]:
+    """Number of strips of each program that cover outputs of ``height`` x ``width``."""
+    reach, numbers = spec.length * spec.block.along, []
+    for shape, steep in _strips(spec):
+        us, vs = (height, width) if steep else (width, height)
+        numbers.append(-(-us // reach) * -(-(vs + shape.shift[1] - shape.shift[0]) // shape.groups))
+    return numbers
 
 
 def strip_bytes(spec: Spec) -> int:
     """Shared memory of a block."""
     size = 2 if spec.dtype != "float" else 4
     pixels = 0
-    for program in programs(spec):
-        shape = strip(spec, program)
+    for shape, _ in _strips(spec):
         grads = shape.groups * ((spec.length * spec.block.along) | 1) if spec.kind == "weight" else 0
         pixels = max(pixels, shape.size + grads)
     extra = 4 * spec.block.channels * spec.kernel_size if spec.kind != "weight" else 0
