@@ -112,12 +112,9 @@ class ObjectDetector(L.LightningModule):
         self.class_names = names or self.class_names
 
     def configure_optimizers(self) -> Any:
-        try:
-            groups = parameter_groups(
-                self.model, self.lr, self.weight_decay, layer_decay=self.layer_decay, num_layers=self.num_layers
-            )
-        except ValueError as error:
-            raise UserError(f"model.{error}; use null for other backbones") from error
+        groups = parameter_groups(
+            self.model, self.lr, self.weight_decay, layer_decay=self.layer_decay, num_layers=self.num_layers
+        )
         optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay, **adamw_options(self.trainer))
         self.trainer.fit_loop.setup_data()  # otherwise the batches of an epoch are unknown
         steps = self.trainer.num_training_batches // self.trainer.accumulate_grad_batches

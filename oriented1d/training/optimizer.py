@@ -7,6 +7,8 @@ from typing import Any, Literal
 import lightning as L
 from torch import nn
 
+from oriented1d.training.errors import UserError
+
 LayerDecayScheme = Literal["layer_wise", "stage_wise"]
 
 
@@ -55,7 +57,7 @@ def parameter_groups(
         dicts with ``name`` (``decay``, ``layer_3_no_decay``, ...), ``params``, ``lr`` and ``weight_decay``.
 
     Raises:
-        ValueError: ``layer_decay`` is given and no parameter is named as in ConvNeXt-1D.
+        UserError: ``layer_decay`` is given and no parameter is named as in ConvNeXt-1D.
     """
     groups: dict[str, dict[str, Any]] = {}
     layers = set()
@@ -74,9 +76,10 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     if layer_decay is not None and layers <= {num_layers + 1}:
-        raise ValueError(
-            "layer_decay: expected parameters named downsample_layers.* and stages.*, as in ConvNeXt-1D; "
-            f"got {', '.join([name for name, _ in model.named_parameters()][:3])}, ..."
+        names = ", ".join([name for name, _ in model.named_parameters()][:3])
+        raise UserError(
+            "model.layer_decay: expected null for a network whose parameters are not named downsample_layers.* and "
+            f"stages.*, as in ConvNeXt-1D; this one has {names}, ..., got {layer_decay}"
         )
     return list(groups.values())
 

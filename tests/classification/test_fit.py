@@ -79,6 +79,14 @@ def test_schedule_and_optimizer_of_a_run(options, tmp_path):
     assert (groups["layer_1_decay"]["weight_decay"], groups["layer_1_no_decay"]["weight_decay"]) == (0.05, 0.0)
 
 
+def test_layer_decay_of_another_network_is_refused_in_one_line(options, capsys):
+    arguments = ["--model.network", "resnet18", "--model.network_args", "{in_chans: 3}", "--model.layer_decay", "0.8"]
+    assert main(["fit", *options, *arguments]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "model.layer_decay: expected null for" in line
+    assert "got 0.8" in line
+
+
 def test_resume_goes_on_with_step_rate_optimizer_and_average(options, tmp_path):
     assert main(["fit", *options]) == 0
     last = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"

@@ -17,6 +17,7 @@ import oriented1d  # noqa: F401
 from oriented1d.classification import ImageClassifier
 from oriented1d.detection import ObjectDetector
 from oriented1d.segmentation import SemanticSegmenter
+from oriented1d.training.errors import UserError
 from oriented1d.training.optimizer import LayerDecayScheme, adamw_options, layer_id, parameter_groups
 from oriented1d.training.schedule import warmup_cosine_scheduler
 
@@ -157,7 +158,10 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_layer_decay_of_a_network_with_other_names_is_refused():
-    with pytest.raises(ValueError, match="layer_decay: expected parameters named downsample_layers"):
+    message = (
+        r"model\.layer_decay: expected null for .* stages\.\*, .*; this one has 0\.weight, 0\.bias, \.\.\., got 0\.8"
+    )
+    with pytest.raises(UserError, match=message):
         parameter_groups(nn.Sequential(nn.Linear(2, 2)), 0.1, 0.0, layer_decay=0.8)
 
 
