@@ -118,6 +118,22 @@ class Settings:
     detections: int = 100
 
 
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution, in channels_last as a product of matrices.
+
+    cuDNN takes milliseconds of the host to choose what it does with a size of images that it has not seen; here they
+    change from batch to batch.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return super().forward(input)
+
+
 class Convolution(nn.Module):
     """A convolution in the module ``conv``, with batch norm in ``bn`` and ReLU where asked for."""
 
@@ -125,7 +141,11 @@ class Convolution(nn.Module):
         self, in_channels: int, out_channels: int, kernel_size: int, norm: bool = False, act: bool = False
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)
+        self.conv = (
+            PointwiseConv2d(in_channels, out_channels, bias=not norm)
+            if kernel_size == 1
+            else nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)
+        )
         self.bn = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
         self.act = act
 
@@ -176,8 +196,8 @@ class RPNHead(nn.Module):
     def __init__(self, channels: int = 256, anchors: int = 3) -> None:
         super().__init__()
         self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.rpn_cls = nn.Conv2d(channels, anchors, 1)
-        self.rpn_reg = nn.Conv2d(channels, 4 * anchors, 1)
+        self.rpn_cls = PointwiseConv2d(channels, anchors)
+        self.rpn_reg = PointwiseConv2d(channels, 4 * anchors)
         for module in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
@@ -311,6 +331,17 @@ def pool(maps: Sequence[Tensor], rois: Tensor, size: int) -> Tensor:
     return torch.empty_like(result).index_copy_(0, order, result)
 
 
+ROWS = {"cuda": 32}
+
+
+def filled_up(rois: Tensor) -> Tensor:
+    """``(R, 5)`` boxes, and on a GPU behind them empty ones up to a multiple of 32.
+
+    Their number is another one at each step, and cuDNN chooses anew for each number (see :class:`PointwiseConv2d`).
+    """
+    return F.pad(rois, (0, 0, 0, -len(rois) % ROWS.get(rois.device.type, 1)))
+
+
 class RoIHead(nn.Module):
     """The three stages: each refines the boxes of the one before, with its own classes, steps and masks."""
 
@@ -352,7 +383,7 @@ class RoIHead(nn.Module):
             boxes = decode(rois[:, 1:], _of_label(steps, likely), STAGE_STDS[stage])
             loss = (1 - giou(boxes[:found], truths.rois[match, 1:])).sum()
             losses[f"s{stage}.loss_bbox"] = weight * 10 / total * loss
-            masks = self.mask_head[stage](pool(maps, rois[:found], 14))
+            masks = self.mask_head[stage](pool(maps, filled_up(rois[:found]), 14))[:found]
             losses[f"s{stage}.loss_mask"] = weight * _mask_loss(masks, rois[:found], truths, match)
             # Ground truth that joined leaves again.
             rois, allowed = _refined(rois, boxes.detach(), sides), (chosen >= joined)[:, None]
@@ -374,7 +405,7 @@ class RoIHead(nn.Module):
         """
         maps, logits = plain(maps), []
         for stage, stds in enumerate(STAGE_STDS):
-            stage_logits, steps = self.bbox_head[stage](pool(maps, rois, 7))
+            stage_logits, steps = (x[: len(rois)] for x in self.bbox_head[stage](pool(maps, filled_up(rois), 7)))
             logits.append(stage_logits)
             if stage + 1 < len(STAGE_STDS):
                 likely = _of_label(steps, stage_logits[:, :-1].argmax(1))
@@ -390,8 +421,9 @@ class RoIHead(nn.Module):
         parts = zip(*(x.split(numbers) for x in (boxes, scores, label)), starts, strict=False)
         kept = [batched_nms(*part, settings.overlap)[: settings.detections] + start for *part, start in parts]
         boxes, scores, label, image = (x[torch.cat(kept)] for x in (boxes, scores, label, image))
-        features = pool(maps, torch.cat([image[:, None], boxes * scales[image]], 1), 14)
-        masks = torch.stack([_of_label(head(features), label).sigmoid() for head in self.mask_head]).mean(0)
+        features = pool(maps, filled_up(torch.cat([image[:, None], boxes * scales[image]], 1)), 14)
+        logits = [head(features)[: len(label)] for head in self.mask_head]
+        masks = torch.stack([_of_label(of_stage, label).sigmoid() for of_stage in logits]).mean(0)
         found = (x.split([len(of_image) for of_image in kept]) for x in (boxes, scores, label, masks))
         return [Detections(*of_image) for of_image in zip(*found, strict=True)]
 
