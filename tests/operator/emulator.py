@@ -203,9 +203,10 @@ class _Array:
 @contextlib.contextmanager
 def emulated(folder: Path) -> Iterator[Emulation]:
     """The functions of ``operator.cuda`` run in an emulation, on tensors of the CPU; ``folder`` keeps what is built."""
-    caches = cuda._launches, cuda._expect_gradients, cuda._sizes, stem._plan
+    caches = cuda._launches, cuda._expect_gradients, stem._plan
     for cache in caches:
         cache.cache_clear()
+    cuda._layers.clear()
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool, pytest.MonkeyPatch.context() as patch:
             emulation = Emulation(folder, pool)
@@ -227,3 +228,4 @@ def emulated(folder: Path) -> Iterator[Emulation]:
     finally:
         for cache in caches:
             cache.cache_clear()
+        cuda._layers.clear()

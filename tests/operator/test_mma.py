@@ -1,6 +1,5 @@
 """The tensor core kernels: their matrices and their compilation anywhere, their results where there is a GPU."""
 
-import functools
 import itertools
 
 import numpy as np
@@ -218,7 +217,7 @@ def test_the_second_size_begins_what_all_others_need(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cuda.compiler, "capability", lambda device: (9, 0))
     for name in ("begin", "begin_later"):
         monkeypatch.setattr(cuda.compiler, name, lambda spec, device: begun.setdefault(spec))
-    monkeypatch.setattr(cuda, "_sizes", functools.cache(cuda._sizes.__wrapped__))
+    monkeypatch.setattr(cuda, "_layers", {})
 
     def new(height: int, width: int, last: bool, dtype: torch.dtype) -> int:
         """Kernels begun for the layers of convnext_tiny_1d."""
@@ -235,13 +234,52 @@ def test_the_second_size_begins_what_all_others_need(monkeypatch: pytest.MonkeyP
 
     for last, dtype in itertools.product((True, False), (torch.bfloat16, torch.float32)):
         begun.clear()
-        cuda._sizes.cache_clear()
+        cuda._layers.clear()
         first, again, second = (new(size, size, last, dtype) for size in (224, 224, 256))
         assert first > 0
         assert again == 0
         assert second > 0
         sizes = [(288, 288), (384, 384), (31, 47), (800, 1344), (1344, 800), (480, 640), (64, 64), (97, 1000)]
         assert [new(*size, last, dtype) for size in sizes] == [0] * len(sizes)
+
+
+def test_the_second_size_of_a_layer_begins_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would begin when the one before it has been compiled."""
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+
+    now: list[int] = []
+    later: list[int] = []
+    monkeypatch.setattr(cuda.compiler, "limits", lambda device: (132, 232448))
+    monkeypatch.setattr(cuda.compiler, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda.compiler, "begin", lambda spec, device: now.append(len(spec.angles)))
+    monkeypatch.setattr(cuda.compiler, "begin_later", lambda spec, device: later.append(len(spec.angles)))
+    monkeypatch.setattr(cuda, "_layers", {})
+    monkeypatch.setattr(cuda, "_MOST_LAYERS", 4)
+
+    def begin(directions: int, side: int, device: int = 0) -> None:
+        taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(64, directions)), 7)
+        shape = torch.Size((2, 64, side, side))
+        layer = torch.float32, True, 16, torch.device("cuda", device), taps, 1
+        cuda._begin(cuda._Problem("gather", shape, shape, *layer))
+
+    begin(2, 14)
+    begin(4, 14)
+    begin(8, 14, device=1)
+    begin(2, 14)
+    assert (now, later) == ([2, 4, 8, 2], [])
+    begin(4, 200)
+    sizes = len(cuda._SIDES)
+    assert later == [2] * sizes + [4] * sizes  # not those of the other device
+    begin(2, 200)
+    begin(4, 300)
+    assert len(later) == 2 * sizes
+    begin(1, 14)  # not seen before: it has its own second size
+    begin(1, 28)
+    assert later[2 * sizes :] == [1] * sizes
+    for directions in (16, 32, 64):
+        begin(directions, 14)
+    assert len(cuda._layers) < 4 + 2  # layers that do not come again are forgotten
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

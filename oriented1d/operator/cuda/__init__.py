@@ -135,10 +135,32 @@ def _expect_gradients(
         _begin(_Problem("weight", shape, output, dtype, last, 16, device, taps, stride))
 
 
+@dataclasses.dataclass
+class _Layer:
+    """What is known of a layer in one direction.
+
+    Attributes:
+        problem: its first.
+        sizes: the first two sizes of images.
+        expected: kernels for all sizes have begun to be compiled.
+    """
+
+    problem: _Problem
+    sizes: set[tuple[int, int]] = dataclasses.field(default_factory=set)
+    expected: bool = False
+
+
+_layers: dict[tuple[object, ...], _Layer] = {}
+_MOST_LAYERS = 4096
+_SIDES = (7, 14, 16, 28, 32, 56, 64, 112)  # of outputs: one of every range that a kernel is chosen for
+
+
 def _begin(problem: _Problem) -> list[tuple[Spec | mma.Spec, int]]:
     """Start to compile what a problem needs; and later, once a layer has had images of two sizes, what others need.
 
-    There are a few kernels for a layer, each for a range of sizes. Where sizes change, most of them will be needed.
+    There are a few kernels for a layer, each for a range of sizes. Where sizes change, most of them will be needed; and
+    not by that layer alone. All those that were seen before begin with it, beside each other: if each began when its
+    turn comes in a forward pass, one would wait for the other.
 
     Returns:
         the kernels of this problem, with the bytes of shared memory of a block.
@@ -146,28 +168,28 @@ def _begin(problem: _Problem) -> list[tuple[Spec | mma.Spec, int]]:
     chosen = [_choose(problem, part) for part in _parts(problem)]
     for spec, _ in chosen:
         compiler.begin(spec, problem.device)
-    kind, (n, c, height, width), _, *layer = problem
-    seen, stride = _sizes(kind, *layer), problem.stride
-    if len(seen) == 2 or (height, width) in seen:
-        return chosen
-    seen.add((height, width))
-    if len(seen) == 2:
-        for side in _SIDES:
-            shorter, longer = (torch.Size((n, c, s, s)) for s in (side, side * stride))
-            shapes = (shorter, longer) if kind == "adjoint" else (longer, shorter)
-            other = problem._replace(in_shape=shapes[0], out_shape=shapes[1])
-            for part in _parts(other):
-                compiler.begin_later(_choose(other, part)[0], problem.device)
+    kind, (_, _, height, width), _, *rest = problem
+    if len(_layers) > _MOST_LAYERS:  # angles that are other ones at each call
+        _layers.clear()
+    layer = _layers.setdefault((kind, *rest), _Layer(problem))
+    if len(layer.sizes) < 2:
+        layer.sizes.add((height, width))
+    if len(layer.sizes) == 2 and not layer.expected:
+        for other in list(_layers.values()):
+            if other.problem.device == problem.device and not other.expected:
+                other.expected = True
+                _begin_all_sizes(other.problem)
     return chosen
 
 
-_SIDES = (7, 14, 16, 28, 32, 56, 64, 112)  # of outputs: one of every range that a kernel is chosen for
-
-
-@functools.lru_cache(maxsize=4096)
-def _sizes(*layer: object) -> set[tuple[int, int]]:
-    """The first two sizes of images that a layer had."""
-    return set()
+def _begin_all_sizes(problem: _Problem) -> None:
+    n, c, _, _ = problem.in_shape
+    for side in _SIDES:
+        shorter, longer = (torch.Size((n, c, s, s)) for s in (side, side * problem.stride))
+        shapes = (shorter, longer) if problem.kind == "adjoint" else (longer, shorter)
+        other = problem._replace(in_shape=shapes[0], out_shape=shapes[1])
+        for part in _parts(other):
+            compiler.begin_later(_choose(other, part)[0], problem.device)
 
 
 def grad_input(
