@@ -107,6 +107,8 @@ def test_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
     good, bad = csv.DictReader(out.open())
     assert (good["img_per_s_p50"], good["ms_p50"], good["peak_memory_mib"]) == ("100.00", "20.000", "512")
     assert (good["changing_first_s"], good["changing_again_s"], good["size"]) == ("3.00", "2.50", "64x96")
+    assert (good["steady_s"], bad["steady_s"]) == ("0.08", "")  # four steps of 20 ms
+    assert "4 sizes: 3.00 s, again 2.50 s" in capsys.readouterr().out
     assert (good["layout"], bad["layout"], bad["error"]) == ("contiguous", "channels_last", "out of memory")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oriented1d.analysis.benchmark.network import Measurement, autocast, isolated, speed, times
+from oriented1d.analysis.benchmark.results import quantiles
 from oriented1d.operator.layout import memory_format
 
 if TYPE_CHECKING:
@@ -239,15 +240,21 @@ def run(options: argparse.Namespace) -> list[dict[str, object]]:
             )
             row = row_of(case, isolated(measure, case))
             print(f"{model} {layout}: {row['error'] or str(row['img_per_s_p50']) + ' images/s'}", flush=True)
+            if row["changing_first_s"]:
+                print("  {changing_sizes} sizes: {changing_first_s} s, again {changing_again_s} s".format(**row))
             rows.append(row)
     return rows
 
 
 def row_of(case: Case, result: DenseMeasurement | str) -> dict[str, object]:
-    """A line of the table and the CSV file; ``result`` is a measurement, or what went wrong."""
-    first = again = ""
+    """A line of the table and the CSV file; ``result`` is a measurement, or what went wrong.
+
+    ``steady_s`` is what as many steps of the size of the timed ones take, which is the largest.
+    """
+    first = again = steady = ""
     if not isinstance(result, str) and result.changing is not None:
         first, again = (f"{seconds:.2f}" for seconds in result.changing)
+        steady = f"{case.sizes * quantiles(result.ms)[1] / 1e3:.2f}"
     return {
         "task": case.task,
         "model": case.model,
@@ -261,5 +268,6 @@ def row_of(case: Case, result: DenseMeasurement | str) -> dict[str, object]:
         "changing_sizes": case.sizes or "",
         "changing_first_s": first,
         "changing_again_s": again,
+        "steady_s": steady,
         "error": result if isinstance(result, str) else "",
     }
