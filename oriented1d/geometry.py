@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import weakref
 from collections.abc import Sequence
 
@@ -86,7 +87,7 @@ class Directions:
 
     def __post_init__(self) -> None:
         # Kept: every call of a layer looks its taps up, and a layer may have as many runs as channels.
-        words = [f"{count}@{angle!r}" for angle, count in zip(self.angles, self.counts, strict=True)]
+        words = [f"{count}@{float(angle)!r}" for angle, count in zip(self.angles, self.counts, strict=True)]
         object.__setattr__(self, "channels", sum(self.counts))
         object.__setattr__(self, "text", " ".join(words))
         object.__setattr__(self, "_hash", hash((self.angles, self.counts)))
@@ -99,6 +100,9 @@ class Directions:
         return torch.from_numpy(np.repeat(np.array(self.angles, np.float32), self.counts))
 
 
+_WORD = re.compile(r"([1-9][0-9]*)@(-?[0-9.]+(?:e[+-]?[0-9]+)?)")
+
+
 @functools.lru_cache(maxsize=1024)
 def parse(text: str) -> Directions:
     """The directions with this ``text``. Cached.
@@ -108,12 +112,11 @@ def parse(text: str) -> Directions:
     """
     angles, counts = [], []
     for word in text.split():
-        count, _, angle = word.partition("@")
-        try:
-            counts.append(int(count))
-            angles.append(float(angle))
-        except ValueError:
-            raise ValueError(f"angles: expected words such as 12@0.5 (channels, radians), got {word!r}") from None
+        match = _WORD.fullmatch(word)
+        if match is None or not math.isfinite(angle := float(match[2])):
+            raise ValueError(f"angles: expected words such as 12@0.5 (channels, radians), got {word!r}")
+        counts.append(int(match[1]))
+        angles.append(angle)
     return Directions(tuple(angles), tuple(counts))
 
 

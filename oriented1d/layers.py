@@ -94,7 +94,7 @@ class OrientedConv1d(nn.Module):
     @property
     def angles(self) -> geometry.Directions:
         """The angles of the channels, run-length encoded."""
-        return geometry.parse(self.directions())
+        return _parse(self.directions())
 
     def directions(self) -> str:
         """The text of :attr:`angles`.
@@ -125,9 +125,7 @@ class OrientedConv1d(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrientedConv1d:
         # The angles outlive what happens to parameters: bfloat16 would round them, to_empty() would lose them.
         super()._apply(fn, recurse)
-        # The other format of a weight is the same memory, but DDP copies gradients whose strides are not the weight's.
-        if self.weight.stride() != (self.kernel_size, self.kernel_size, self.kernel_size, 1):
-            self.weight.data = self.weight.data.view(-1).view(self.weight.shape)
+        plain_strides(self.weight)
         if not self.theta.is_meta:
             self.theta = geometry.parse(self._directions).per_channel().to(self.theta.device)
             self._seen_version = self.theta._version
@@ -139,10 +137,17 @@ class OrientedConv1d(nn.Module):
         return oriented_conv1d(input, self.weight, angles, self.bias, stride=self.stride, residual=self.residual)
 
     def extra_repr(self) -> str:
+        directions = len(set(geometry.parse(self._directions).angles))
         return (
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"directions={len(set(self.angles.angles))}, bias={self.bias is not None}, residual={self.residual}"
+            f"directions={directions}, bias={self.bias is not None}, residual={self.residual}"
         )
+
+
+# A graph that reads a layer's angles has them as a constant.
+@torch.compiler.assume_constant_result
+def _parse(directions: str) -> geometry.Directions:
+    return geometry.parse(directions)
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -169,6 +174,15 @@ class DepthwiseConv2d(nn.Conv2d):
         if as_made and self.padding_mode == "zeros" and depthwise.supported(input, self.weight):
             return depthwise.depthwise_conv2d(input, self.weight, self.bias)
         return self._conv_forward(input, self.weight, self.bias)
+
+
+def plain_strides(weight: Tensor) -> None:
+    """Give a weight whose kernels are one pixel high, or have one channel, the strides of contiguous tensors again.
+
+    Those of the other format are the same memory, but DDP copies gradients whose strides are not the weight's.
+    """
+    if weight.stride() != torch.empty(weight.shape, device="meta").stride():
+        weight.data = weight.data.view(-1).view(weight.shape)
 
 
 def angle_buffers(module: nn.Module) -> list[str]:

@@ -85,9 +85,12 @@ def test_directions_are_a_text() -> None:
         assert geometry.parse(layer.text) == layer
         assert torch.equal(geometry.parse(layer.text).per_channel(), angles)
     assert geometry.parse(layer.text) is geometry.parse(layer.text)
+    assert geometry.Directions((np.float64(0.5),), (3,)).text == "3@0.5"
 
 
-@pytest.mark.parametrize("word", ["12", "12@", "@0.5", "1.5@0.5", "12@x", "12@0.5@1"])
+@pytest.mark.parametrize(
+    "word", ["12", "12@", "@0.5", "1.5@0.5", "12@x", "12@0.5@1", "-4@0.0", "0@0.0", "8@nan", "8@inf", "8@1e99999"]
+)
 def test_a_text_that_is_none_of_directions(word: str) -> None:
     message = re.escape(f"angles: expected words such as 12@0.5 (channels, radians), got {word!r}")
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from oriented1d import OrientedConv1d
+from oriented1d import OrientedConv1d, oriented_conv1d
 from tests.operator import reference
 from tests.operator.reference import relative_error
 
@@ -174,6 +174,18 @@ def test_guards_of_a_compiled_call_look_at_text() -> None:
     guards = str(entry.guard_manager)
     assert all(f"== '{layer.angles.text}'" in guards for layer in model)
     assert "geometry" not in guards
+
+
+def test_the_angles_of_a_layer_are_constants_of_a_graph() -> None:
+    layer, x = OrientedConv1d(8, 7), torch.randn(1, 8, 9, 9)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return oriented_conv1d(x, layer.weight, layer.angles, layer.bias)
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    layer.load_state_dict(turned(layer))
+    assert torch.equal(compiled(x), layer(x))
 
 
 def test_a_compiled_call_with_the_angles_of_other_channels() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, nms, roi_align
 
 from oriented1d.detection.boxes import Matcher, Size, area, clip, decode, encode, giou, grid_anchors, sample
+from oriented1d.layers import plain_strides
 from oriented1d.models.features import create_backbone
 
 STRIDES = (4, 8, 16, 32)
@@ -127,6 +128,11 @@ class PointwiseConv2d(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PointwiseConv2d:
+        super()._apply(fn, recurse)
+        plain_strides(self.weight)
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_contiguous(memory_format=torch.channels_last):

@@ -32,9 +32,10 @@ def oriented_conv1d(
         input: ``(N, C, H, W)``; float32, bfloat16, float16 or float64; any strides.
         weight: ``(C, K)`` or ``(C, 1, 1, K)``, K odd; dtype and device of ``input``.
         angles: ``(C,)`` radians, counter-clockwise from the horizontal. They are read on the host and get no gradient.
-            A tensor of another device costs a synchronisation when it is new or has changed; inside ``torch.compile``
-            and ``torch.export`` a tensor is read when the graph runs, anything else is a constant of the graph. Or what
-            they were read as: :class:`oriented1d.geometry.Directions`, or the text of it.
+            A tensor of another device costs a synchronisation when it is new or has changed. Or what they were read
+            as: :class:`oriented1d.geometry.Directions`, or the text of it. Inside ``torch.compile`` and
+            ``torch.export`` a tensor is read when the graph runs, directions and text are constants of the graph, and a
+            sequence of numbers breaks it.
         bias: ``(C,)`` or None.
         stride: step of the output grid in pixels, both ways; the grid starts at pixel (0, 0).
         residual: add the input at the output's pixels (the centre tap counts ``weight + 1``).

@@ -71,6 +71,21 @@ def test_compile_without_graph_breaks(dynamic: bool) -> None:
             assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("angles", [LAYER, LAYER.text], ids=["directions", "text"])
+def test_angles_that_are_constants_of_a_graph(angles: geometry.Directions | str) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return oriented_conv1d(x, w, angles)
+
+    x, w = torch.randn(1, 8, 9, 9), torch.randn(8, 7)
+    expected = oriented_conv1d(x, w, LAYER)
+    assert torch.equal(oriented_conv1d(x, w, angles), expected)
+    assert torch.equal(torch.compile(Layer(), fullgraph=True, backend="eager")(x, w), expected)
+    assert torch.equal(torch.export.export(Layer(), (x, w), strict=True).module()(x, w), expected)
+    with pytest.raises(ValueError, match="angles: expected one for each of the 4 channels, got 8"):
+        oriented_conv1d(x[:, :4], w[:4], angles)
+
+
 def test_compiled_function_reads_the_tensor_of_angles_at_run_time() -> None:
     compiled = torch.compile(lambda x, w, a: oriented_conv1d(x, w, a), fullgraph=True, backend="aot_eager")
     x, w, angles = torch.randn(1, 8, 9, 9), torch.randn(8, 7), geometry.layer_angles(8)

@@ -255,7 +255,6 @@ def test_the_second_size_of_a_layer_begins_all_layers(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda.compiler, "begin", lambda spec, device: now.append(len(spec.angles)))
     monkeypatch.setattr(cuda.compiler, "begin_later", lambda spec, device: later.append(len(spec.angles)))
     monkeypatch.setattr(cuda, "_layers", {})
-    monkeypatch.setattr(cuda, "_MOST_LAYERS", 4)
 
     def begin(directions: int, side: int, device: int = 0) -> None:
         taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(64, directions)), 7)
@@ -277,9 +276,13 @@ def test_the_second_size_of_a_layer_begins_all_layers(monkeypatch: pytest.Monkey
     begin(1, 14)  # not seen before: it has its own second size
     begin(1, 28)
     assert later[2 * sizes :] == [1] * sizes
-    for directions in (16, 32, 64):
-        begin(directions, 14)
-    assert len(cuda._layers) < 4 + 2  # layers that do not come again are forgotten
+    monkeypatch.setattr(cuda, "_MOST_OF_A_NETWORK", 3)
+    begin(16, 14)
+    begin(16, 28)  # alone: there are more layers than a network has
+    assert later[3 * sizes :] == [8, 8] * sizes  # two kernels of eight angles each
+    monkeypatch.setattr(cuda, "_MOST_LAYERS", 4)
+    begin(32, 14)
+    assert len(cuda._layers) == 1  # layers that do not come again are forgotten
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

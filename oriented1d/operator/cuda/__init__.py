@@ -151,7 +151,7 @@ class _Layer:
 
 
 _layers: dict[tuple[object, ...], _Layer] = {}
-_MOST_LAYERS = 4096
+_MOST_LAYERS, _MOST_OF_A_NETWORK = 4096, 256  # convnext_base_1dpp has some 60
 _SIDES = (7, 14, 16, 28, 32, 56, 64, 112)  # of outputs: one of every range that a kernel is chosen for
 
 
@@ -159,8 +159,8 @@ def _begin(problem: _Problem) -> list[tuple[Spec | mma.Spec, int]]:
     """Start to compile what a problem needs; and later, once a layer has had images of two sizes, what others need.
 
     There are a few kernels for a layer, each for a range of sizes. Where sizes change, most of them will be needed; and
-    not by that layer alone. All those that were seen before begin with it, beside each other: if each began when its
-    turn comes in a forward pass, one would wait for the other.
+    not by that layer alone. All those of a network, which were seen before, begin with it, beside each other: if each
+    began when its turn comes in a forward pass, one would wait for the other.
 
     Returns:
         the kernels of this problem, with the bytes of shared memory of a block.
@@ -175,7 +175,8 @@ def _begin(problem: _Problem) -> list[tuple[Spec | mma.Spec, int]]:
     if len(layer.sizes) < 2:
         layer.sizes.add((height, width))
     if len(layer.sizes) == 2 and not layer.expected:
-        for other in list(_layers.values()):
+        # More than networks have are layers that may not come again.
+        for other in list(_layers.values()) if len(_layers) <= _MOST_OF_A_NETWORK else [layer]:
             if other.problem.device == problem.device and not other.expected:
                 other.expected = True
                 _begin_all_sizes(other.problem)
