@@ -103,13 +103,18 @@ class Directions:
 _WORD = re.compile(r"([1-9][0-9]*)@(-?[0-9.]+(?:e[+-]?[0-9]+)?)")
 
 
-@functools.lru_cache(maxsize=1024)
+@torch.compiler.assume_constant_result
 def parse(text: str) -> Directions:
-    """The directions with this ``text``. Cached.
+    """The directions with this ``text``. Cached, and a constant of graphs that are traced.
 
     Raises:
         ValueError: it is not the text of directions.
     """
+    return _parse(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str) -> Directions:
     angles, counts = [], []
     for word in text.split():
         match = _WORD.fullmatch(word)

@@ -94,7 +94,7 @@ class OrientedConv1d(nn.Module):
     @property
     def angles(self) -> geometry.Directions:
         """The angles of the channels, run-length encoded."""
-        return _parse(self.directions())
+        return geometry.parse(self.directions())
 
     def directions(self) -> str:
         """The text of :attr:`angles`.
@@ -142,12 +142,6 @@ class OrientedConv1d(nn.Module):
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"directions={directions}, bias={self.bias is not None}, residual={self.residual}"
         )
-
-
-# A graph that reads a layer's angles has them as a constant.
-@torch.compiler.assume_constant_result
-def _parse(directions: str) -> geometry.Directions:
-    return geometry.parse(directions)
 
 
 class DepthwiseConv2d(nn.Conv2d):

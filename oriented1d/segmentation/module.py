@@ -119,8 +119,14 @@ class SemanticSegmenter(L.LightningModule):
         self.class_names = data.class_names or self.class_names
 
     def configure_optimizers(self) -> Any:
-        decay: dict[str, Any] = {"layer_decay": self.layer_decay, "scheme": "stage_wise", "num_layers": self.num_layers}
-        groups = parameter_groups(self.model, self.lr, self.weight_decay, **decay)
+        groups = parameter_groups(
+            self.model,
+            self.lr,
+            self.weight_decay,
+            layer_decay=self.layer_decay,
+            scheme="stage_wise",
+            num_layers=self.num_layers,
+        )
         optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay, **adamw_options(self.trainer))
         self.trainer.fit_loop.setup_data()  # otherwise the batches of an epoch are unknown
         total = self.trainer.estimated_stepping_batches

@@ -216,9 +216,8 @@ def test_steps_are_what_they_say(mode: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert model.head.bias.grad.abs().max() < 1
     else:
         assert gradients == [None] * len(gradients)
-    if sys.platform == "linux":
-        # What the peak of this process adds: nothing, once an earlier mode reached it.
-        assert 0 <= measured.peak_memory_mib < 4096
+    if sys.platform == "linux" and mode != "latency":  # which adds nothing to the peak that inference reached before it
+        assert 0 < measured.peak_memory_mib < 4096
 
 
 def test_the_mode_of_compilation_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

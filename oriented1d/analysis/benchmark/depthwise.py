@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oriented1d.analysis.benchmark.operator import COLD_BYTES, DTYPES, TOLERANCE, measure, worst_error
+from oriented1d.analysis.benchmark.operator import DTYPES, TOLERANCE, cold_sets, measure, worst_error
 from oriented1d.analysis.benchmark.results import quantiles
 from oriented1d.operator import depthwise
 
@@ -56,7 +56,7 @@ def check_parity(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> float:
 
 def measure_case(shape: Shape, k: int, dtype: torch.dtype, device: torch.device, runs: int) -> dict[str, list[float]]:
     """Times of both directions, of PyTorch's, and of a copy of the images, by name; wrong results are not timed."""
-    number = 1 if device.type == "cpu" else 1 + math.ceil(COLD_BYTES / (2 * math.prod(shape) * dtype.itemsize))
+    number = cold_sets(2 * math.prod(shape) * dtype.itemsize, device)
     sets = [(_images(shape, dtype, device), _images(shape, dtype, device)) for _ in range(number)]
     copied = torch.empty_like(sets[0][0])
     weight = torch.randn(shape[1], 1, k, k, device=device).to(dtype)

@@ -31,7 +31,7 @@ SHAPES = {
 DIRECTIONS = ("forward", "grad-input", "grad-weight", "total")
 # Relative errors of a result that is right: sums of float32, then one rounding to the dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-COLD_BYTES = 3e8  # more than the caches of a GPU hold
+_COLD_BYTES = 3e8  # more than the caches of a GPU hold
 _SLEEP_CYCLES = 20_000_000  # the GPU waits this long, so that the host is ahead of it
 
 
@@ -132,6 +132,11 @@ def measure(functions: dict[str, Callable[[int], object]], device: torch.device,
     return times
 
 
+def cold_sets(bytes_of_set: int, device: torch.device) -> int:
+    """How many sets of tensors, taken in turn, are in no cache of a GPU when their turn comes; one on the CPU."""
+    return 1 if device.type == "cpu" else 1 + math.ceil(_COLD_BYTES / bytes_of_set)
+
+
 def measure_case(case: Case, runs: int) -> dict[str, list[float]]:
     """Times of our four directions and of what they are compared with, by name."""
     _, c, h, w = case.shape
@@ -139,7 +144,7 @@ def measure_case(case: Case, runs: int) -> dict[str, list[float]]:
     layer = geometry.directions(case.angles)
     taps = geometry.layer_taps(layer, k)
     bytes_of_set = 2 * math.prod(case.shape) * case.dtype.itemsize
-    sets = [case.tensors() for _ in range(1 if case.device.type == "cpu" else 1 + math.ceil(COLD_BYTES / bytes_of_set))]
+    sets = [case.tensors() for _ in range(cold_sets(bytes_of_set, case.device))]
     copies = [torch.empty_like(x) for x, _ in sets]
     weight = torch.randn(c, 1, 1, k, device=case.device).to(case.dtype)
     leaf_weight = weight.clone().requires_grad_()
