@@ -1,4 +1,5 @@
-"""The layer: :class:`OrientedConv1d`; and :class:`DepthwiseConv2d` for the networks that have 2D kernels too."""
+"""The layer: :class:`OrientedConv1d`; and what else our networks have, :class:`DepthwiseConv2d` and
+:class:`PatchConv2d`."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oriented1d import geometry
@@ -168,6 +170,52 @@ class DepthwiseConv2d(nn.Conv2d):
         if as_made and self.padding_mode == "zeros" and depthwise.supported(input, self.weight):
             return depthwise.depthwise_conv2d(input, self.weight, self.bias)
         return self._conv_forward(input, self.weight, self.bias)
+
+
+class PatchConv2d(nn.Conv2d):
+    """``nn.Conv2d(in_channels, out_channels, size, stride=size)``: a linear layer on patches of an image,
+    ``(N, in_channels, H, W)`` to ``(N, out_channels, floor(H / size), floor(W / size))``.
+
+    In channels_last it is computed as one, unless it is compiled: cuDNN takes milliseconds of the host to choose what
+    it does with a size of images that it has not seen, which is every other one where sizes change.
+
+    Args:
+        in_channels, out_channels: numbers of channels.
+        size: side of a patch, in pixels.
+        bias: learn a bias ``(out_channels,)``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size: int = 1, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, size, stride=size, bias=bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchConv2d:
+        super()._apply(fn, recurse)
+        if self.kernel_size == (1, 1):
+            plain_strides(self.weight)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        size, _ = self.kernel_size
+        # Somebody may have changed what they are in all convolutions of a network.
+        as_made = self.stride == self.kernel_size and self.padding == (0, 0) and self.dilation == (1, 1)
+        if (
+            torch.compiler.is_compiling()
+            or not as_made
+            or input.dim() != 4
+            or min(input.shape[2:]) < size  # its message is good
+            or not input.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return super().forward(input)
+        x, weight = input.permute(0, 2, 3, 1), self.weight
+        if size == 1:
+            weight = weight.flatten(1)  # its gradient has the strides that `plain_strides` is for
+        else:
+            n, height, width, c = x.shape
+            rows, columns = height // size, width // size
+            x = x[:, : rows * size, : columns * size].reshape(n, rows, size, columns, size * c)
+            x = x.transpose(2, 3).reshape(n, rows, columns, size * size * c)
+            weight = weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(x, weight, self.bias).permute(0, 3, 1, 2)
 
 
 def plain_strides(weight: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from oriented1d import OrientedConv1d, oriented_conv1d
+from oriented1d.layers import PatchConv2d
 from tests.operator import reference
 from tests.operator.reference import relative_error
 
@@ -193,6 +194,50 @@ def test_a_compiled_call_with_the_angles_of_other_channels() -> None:
     layer._directions = "4@0.0 5@1.0"
     with pytest.raises(Exception, match="angles: expected one for each of the 8 channels, got 9"):
         torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(1, 8, 9, 9))
+
+
+@pytest.mark.parametrize(("size", "sides"), [(1, (6, 7)), (2, (6, 9)), (2, (7, 8)), (4, (16, 13))])
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_are_a_convolution(size: int, sides: tuple[int, int], bias: bool) -> None:
+    layer = PatchConv2d(8, 5, size, bias).double()
+    convolution = torch.nn.Conv2d(8, 5, size, size, bias=bias).double()
+    convolution.load_state_dict(layer.state_dict())
+    for format in (torch.contiguous_format, torch.channels_last):
+        results = []
+        for module in (convolution, layer.to(memory_format=format)):
+            torch.manual_seed(0)
+            x = torch.randn(2, 8, *sides, dtype=torch.float64).contiguous(memory_format=format).requires_grad_()
+            y = module(x)
+            y.square().sum().backward()
+            assert y.is_contiguous(memory_format=format)
+            assert x.grad.is_contiguous(memory_format=format)
+            results.append([y, x.grad, *(p.grad for p in module.parameters())])
+            module.zero_grad()
+        assert results[1][2].stride() == layer.weight.stride()  # as DDP wants it
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_patches_keep_to_what_convolutions_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product of matrices in contiguous images, compiled graphs, changed layers, and images that are too small."""
+    layer, x = PatchConv2d(8, 5, 2), torch.randn(2, 8, 6, 8)
+    last = x.contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, 2)
+    torch.testing.assert_close(layer(last), expected)
+
+    def linear(*_: object) -> torch.Tensor:
+        raise AssertionError("a product")
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    with pytest.raises(AssertionError, match="a product"):
+        layer(last)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(last[0]), expected[0])
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(last), expected)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        layer(last[:, :, :1])
+    layer.stride, layer.padding = (1, 1), (1, 1)
+    torch.testing.assert_close(layer(last), torch.nn.functional.conv2d(x, layer.weight, layer.bias, 1, 1))
 
 
 def test_own_angles() -> None:

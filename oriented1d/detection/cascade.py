@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, nms, roi_align
 
 from oriented1d.detection.boxes import Matcher, Size, area, clip, decode, encode, giou, grid_anchors, sample
-from oriented1d.layers import plain_strides
+from oriented1d.layers import PatchConv2d
 from oriented1d.models.features import create_backbone
 
 STRIDES = (4, 8, 16, 32)
@@ -119,27 +119,6 @@ class Settings:
     detections: int = 100
 
 
-class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution, in channels_last as a product of matrices.
-
-    cuDNN takes milliseconds of the host to choose what it does with a size of images that it has not seen; here they
-    change from batch to batch.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PointwiseConv2d:
-        super()._apply(fn, recurse)
-        plain_strides(self.weight)
-        return self
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.is_contiguous(memory_format=torch.channels_last):
-            return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        return super().forward(input)
-
-
 class Convolution(nn.Module):
     """A convolution in the module ``conv``, with batch norm in ``bn`` and ReLU where asked for."""
 
@@ -148,7 +127,7 @@ class Convolution(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = (
-            PointwiseConv2d(in_channels, out_channels, bias=not norm)
+            PatchConv2d(in_channels, out_channels, bias=not norm)
             if kernel_size == 1
             else nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)
         )
@@ -158,6 +137,26 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.conv(x))
         return F.relu(x) if self.act else x
+
+
+SIDES = {"cuda": 16}
+_LONGEST_SIDE = 192
+
+
+def at_few_sizes(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a 3x3 layer makes of maps ``(N, C, H, W)``, on a GPU with sides that are multiples of 16.
+
+    Zeros are where the layer has its padding anyway; what it makes of them is cut off. cuDNN chooses anew for each size
+    (see :class:`oriented1d.layers.PatchConv2d`). In maps of more than 192 pixels the copies would cost more in the
+    long run.
+    """
+    step = SIDES.get(x.device.type, 1)
+    height, width = x.shape[2:]
+    right, below = -width % step, -height % step
+    if right == below == 0 or max(height, width) > _LONGEST_SIDE:
+        return layer(x)
+    # Cut off by `pad` too: its gradient keeps channels_last, where that of a slice does not.
+    return F.pad(layer(F.pad(x, (0, right, 0, below))), (0, -right, 0, -below))
 
 
 class FPN(nn.Module):
@@ -176,7 +175,7 @@ class FPN(nn.Module):
         maps = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=True)]
         for i in range(len(maps) - 1, 0, -1):
             maps[i - 1] = maps[i - 1] + F.interpolate(maps[i], size=maps[i - 1].shape[2:], mode="nearest")
-        maps = [conv(x) for conv, x in zip(self.fpn_convs, maps, strict=True)]
+        maps = [at_few_sizes(conv, x) for conv, x in zip(self.fpn_convs, maps, strict=True)]
         return [*maps, maps[-1][:, :, ::2, ::2]]
 
 
@@ -202,8 +201,8 @@ class RPNHead(nn.Module):
     def __init__(self, channels: int = 256, anchors: int = 3) -> None:
         super().__init__()
         self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.rpn_cls = PointwiseConv2d(channels, anchors)
-        self.rpn_reg = PointwiseConv2d(channels, 4 * anchors)
+        self.rpn_cls = PatchConv2d(channels, anchors)
+        self.rpn_reg = PatchConv2d(channels, 4 * anchors)
         for module in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
@@ -212,7 +211,7 @@ class RPNHead(nn.Module):
         """Logits ``(N, A)`` and steps ``(N, A, 4)`` of the anchors ``(A, 4)`` of all maps, and their number in each."""
         logits, steps, anchors = [], [], []
         for x, stride in zip(maps, (*STRIDES, 2 * STRIDES[-1]), strict=True):
-            hidden = F.relu(self.rpn_conv(x))
+            hidden = F.relu(at_few_sizes(self.rpn_conv, x))
             logits.append(self.rpn_cls(hidden).permute(0, 2, 3, 1).flatten(1))
             steps.append(self.rpn_reg(hidden).permute(0, 2, 3, 1).reshape(len(x), -1, 4))
             anchors.append(grid_anchors(x.shape[2:], stride, x.device))
@@ -343,7 +342,8 @@ ROWS = {"cuda": 32}
 def filled_up(rois: Tensor) -> Tensor:
     """``(R, 5)`` boxes, and on a GPU behind them empty ones up to a multiple of 32.
 
-    Their number is another one at each step, and cuDNN chooses anew for each number (see :class:`PointwiseConv2d`).
+    Their number is another one at each step, and cuDNN chooses anew for each number (see
+    :class:`oriented1d.layers.PatchConv2d`).
     """
     return F.pad(rois, (0, 0, 0, -len(rois) % ROWS.get(rois.device.type, 1)))
 

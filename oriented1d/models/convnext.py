@@ -32,7 +32,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from oriented1d.layers import DepthwiseConv2d, OrientedConv1d, angle_buffers
+from oriented1d.layers import DepthwiseConv2d, OrientedConv1d, PatchConv2d, angle_buffers
 from oriented1d.operator import stem
 
 __all__ = ["DENSE_KERNEL_SIZES", "KERNEL_SIZES", "SIZES", "ConvNeXt", "ConvNeXtFeatures"]
@@ -282,13 +282,15 @@ class ConvNeXt(nn.Module):
             stem = OrientedStem(in_chans, stem_dim, dims[0], size, num_directions, layer_offset, strides)
         else:
             size = _STEM_KERNELS[stem_stride]
-            conv = nn.Conv2d(in_chans, dims[0], size, stem_stride, padding=(size - stem_stride) // 2)
+            conv: nn.Module
+            if size == stem_stride:
+                conv = PatchConv2d(in_chans, dims[0], size)
+            else:
+                conv = nn.Conv2d(in_chans, dims[0], size, stem_stride, padding=(size - stem_stride) // 2)
             stem = nn.Sequential(conv, LayerNorm2d(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
         for before, after in itertools.pairwise(dims):
-            self.downsample_layers.append(
-                nn.Sequential(LayerNorm2d(before, eps=1e-6), nn.Conv2d(before, after, 2, stride=2))
-            )
+            self.downsample_layers.append(nn.Sequential(LayerNorm2d(before, eps=1e-6), PatchConv2d(before, after, 2)))
 
         drop_paths = iter(drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(

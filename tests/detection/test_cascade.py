@@ -66,10 +66,12 @@ def test_matcher(golden: dict) -> None:
 
 @pytest.fixture(params=["as on a CPU", "as on a GPU"])
 def features(request: pytest.FixtureRequest, golden: dict, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Feature maps of the goldens. On a GPU they are channels_last, and boxes are filled up to a multiple of 32."""
+    """Feature maps of the goldens. On a GPU they are channels_last, boxes are filled up to a multiple of 32, and sides
+    of maps to one of 16."""
     if request.param == "as on a CPU":
         return golden["feats"]
     monkeypatch.setattr(cascade, "ROWS", {"cpu": 32})
+    monkeypatch.setattr(cascade, "SIDES", {"cpu": 16})
     return [x.contiguous(memory_format=torch.channels_last) for x in golden["feats"]]
 
 
@@ -201,21 +203,6 @@ def test_detections(golden: dict, heads: torch.nn.ModuleDict, features: list[tor
             torch.testing.assert_close(ours.masks[:60], theirs["mask_probs"], rtol=0, atol=slack(features) * 2e-5)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_pointwise_convolution(bias: bool) -> None:
-    layer = cascade.PointwiseConv2d(8, 5, bias).double()
-    x = torch.randn(2, 8, 6, 7, dtype=torch.float64)
-    results = []
-    for format in (torch.contiguous_format, torch.channels_last):
-        leaf = x.contiguous(memory_format=format).requires_grad_()
-        y = layer(leaf)
-        assert y.is_contiguous(memory_format=format)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])])
-        assert results[-1][2].stride() == layer.to(memory_format=format).weight.stride()  # as DDP wants it
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-
-
 def test_numbers_of_boxes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads see multiples of 32, the empty boxes change nothing, and no boxes stay none."""
     monkeypatch.setattr(cascade, "ROWS", {"cpu": 32})
@@ -246,6 +233,29 @@ def test_numbers_of_boxes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cascade.filled_up(torch.zeros(0, 5)).shape == (0, 5)
     boxes = torch.randn(33, 5)
     assert torch.equal(cascade.filled_up(boxes), torch.cat([boxes, torch.zeros(31, 5)]))
+
+
+def test_sizes_of_maps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of the pyramid see multiples of 16, but for large maps; values, gradients and channels_last stay."""
+    layer = torch.nn.Conv2d(8, 8, 3, padding=1).double().to(memory_format=torch.channels_last)
+    seen: list[tuple[int, int]] = []
+    layer.register_forward_hook(lambda module, inputs, _: seen.append(tuple(inputs[0].shape[2:])))
+    every_second = torch.randn(2, 8, 26, 40).contiguous(memory_format=torch.channels_last)[:, :, ::2, ::2]
+    sizes = {(13, 20): (16, 32), (16, 32): (16, 32), (1, 192): (16, 192), (17, 193): (17, 193)}
+    maps = [torch.randn(2, 8, *size).contiguous(memory_format=torch.channels_last) for size in sizes] + [every_second]
+    for x in maps:
+        leaf = x.double().requires_grad_()
+        results = []
+        for step in (1, 16):
+            monkeypatch.setattr(cascade, "SIDES", {"cpu": step})
+            y = cascade.at_few_sizes(layer, leaf)
+            results.append([y, *torch.autograd.grad((y.cos() * y).sum(), [leaf, *layer.parameters()])])
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            assert results[-1][1].is_contiguous(memory_format=torch.channels_last)
+        assert seen == [tuple(x.shape[2:]), sizes[tuple(x.shape[2:])]]
+        seen.clear()
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_boxes_by_hand() -> None:

@@ -376,8 +376,9 @@ def _cuts(run: DirectionTaps, most: int, vector: int, sector: int) -> list[tuple
     return [(start, stop - start) for start, stop in itertools.pairwise(edges)]
 
 
+@functools.lru_cache(maxsize=4096)
 def _rows(
-    taps: LayerTaps, angles: tuple[float, ...], most: Sequence[int], vector: int, sector: int
+    taps: LayerTaps, angles: tuple[float, ...], most: tuple[int, ...], vector: int, sector: int
 ) -> list[list[tuple[int, int, int]]]:
     """For each program ``(program, first channel, number of channels)`` of its blocks, ``most[program]`` at most."""
     rows: list[list[tuple[int, int, int]]] = [[] for _ in most]
@@ -517,18 +518,16 @@ def _work(
     """
     table = np.array(list(itertools.chain(*rows)), dtype=np.int32).reshape(-1, 3)
     # A job is a team of rows and a group; `members` are its rows, -1 where the team is smaller.
-    members, group_of, cost = [], [], []
-    first_row = 0
-    for part, number, each in zip(rows, groups, costs, strict=True):
-        teams = -(-len(part) // team)
-        ids = np.full(teams * team, -1, dtype=np.int32)
-        ids[: len(part)] = np.arange(first_row, first_row + len(part))
-        members.append(np.tile(ids.reshape(teams, team), (number, 1)))
-        group_of.append(np.repeat(np.arange(number, dtype=np.int32), teams))
-        cost.append(np.full(number * teams, each))
-        first_row += len(part)
-    member, group, each_cost = np.concatenate(members), np.concatenate(group_of), np.concatenate(cost)[:, None]
-    jobs = len(member)
+    sizes = np.array([len(part) for part in rows])
+    teams = -(-sizes // team)
+    jobs_of = np.array(groups) * teams
+    program = np.repeat(np.arange(len(rows)), jobs_of)
+    jobs = len(program)
+    number = np.arange(jobs) - (np.cumsum(jobs_of) - jobs_of)[program]  # of a job in its program
+    group, team_of = np.divmod(number, teams[program])
+    member = team_of[:, None] * team + np.arange(team)
+    member = np.where(member < sizes[program, None], (np.cumsum(sizes) - sizes)[program, None] + member, -1)
+    each_cost = np.array(costs)[program, None]
     if slots:
         middle = np.cumsum(each_cost * images)[:, None] + (np.arange(images) + 0.5 - images) * each_cost
         # Two rounds even out what the costs do not say, but are worth it only if a block has much to do.

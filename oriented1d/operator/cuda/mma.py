@@ -284,10 +284,12 @@ def share(
     strips = -(-max(outputs) // (16 * spec.tiles))
     apart = not spec.last or all(start % 16 == 0 and count % 16 == 0 for _, start, count in groups)
 
+    bands = [band for _, band in programs(spec)]
+
     @functools.cache
     def cost(program: int, images: int) -> tuple[float, int]:
         # Microseconds of a step on one H200, by its blocks of 8 columns; and the number of steps.
-        band = programs(spec)[program][1]
+        band = bands[program]
         across, along = (1, 0) if band.steep else (0, 1)
         gap = band.gap(max(inputs[along], outputs[along]))
         lines = images * (max(inputs[across], outputs[across]) + gap)
@@ -295,42 +297,51 @@ def share(
         base, slope = (1.1, 0.08) if spec.kind == "weight" else (1.2, 0.03)
         return steps * (base + slope * len(band.blocks)) * spec.groups * spec.tiles / (4 * spec.team), steps
 
-    def makespan(blocks: list[float]) -> float:
+    def makespan(blocks: list[float], limit: float) -> float:
+        # When the last one ends; or at least `limit`.
+        longest = max(blocks, default=-_START) + _START
         if len(blocks) <= processors:
-            return max(blocks, default=-_START) + _START
+            return longest
+        if longest >= limit or sum(blocks) + _START * len(blocks) >= limit * processors:
+            return limit
         free = sorted(block + _START for block in blocks[:processors])
         for block in blocks[processors:]:
             heapq.heapreplace(free, free[0] + block + _START)
         return max(free)
 
-    best: tuple[float, list[tuple[int, int, int, int, int]], bool] | None = None
+    shortest, best, by_image = math.inf, list[tuple[int, int, int, int, int]](), False
     if not apart:
         # `image_bytes` times the splits is a step in 32 bits.
         for splits in range(1, min(images, 64, (2**32 - 1) // image_bytes) + 1):
             rows = [(*group, split, splits) for split in range(splits) for group in groups]
-            times = [cost(row[0], -(-(images - row[3]) // splits))[0] for row in rows for _ in range(strips)]
-            if best is None or makespan(times) < best[0]:
-                best = makespan(times), rows, True
+            times = [cost(row[0], -(-(images - row[3]) // splits))[0] for row in rows]
+            time = makespan([time for time in times for _ in range(strips)], shortest)
+            if time < shortest:
+                shortest, best, by_image = time, rows, True
     all_of = [cost(program, images) for program, _, _ in groups]
+    twice = 1 if apart else 2  # sectors that are read and written more than once
     # One block more for the group whose blocks take longest, until there are enough.
-    parts = [1] * len(groups)
+    parts, most = [1] * len(groups), [max(1, steps // 2) for _, steps in all_of]
+    count = len(groups)
     heap = [(-time, index) for index, (time, _) in enumerate(all_of)]
     heapq.heapify(heap)
     for waves in (1, 2, 3, 4):
-        while sum(parts) * strips < processors * waves and heap:
+        if twice * (sum(time for time, _ in all_of) * strips / processors + _START * (waves - 1)) >= shortest:
+            break  # no more blocks can help
+        while count * strips < processors * waves and heap:
             _, index = heapq.heappop(heap)
-            if parts[index] < max(1, all_of[index][1] // 2):
+            if parts[index] < most[index]:
                 parts[index] += 1
+                count += 1
                 heapq.heappush(heap, (-all_of[index][0] / parts[index], index))
         each = [time / part for (time, _), part in zip(all_of, parts, strict=True)]
         order = sorted(range(len(groups)), key=lambda index: -each[index])
-        time = makespan([each[index] for index in order for _ in range(parts[index] * strips)])
-        time *= 1 if apart else 2  # sectors that are read and written more than once
-        if best is None or time < best[0]:
-            rows = [(*groups[index], split, parts[index]) for index in order for split in range(parts[index])]
-            best = time, rows, False
-    assert best is not None
-    return Shares(tuple(best[1]), strips, best[2])
+        blocks = [each[index] for index in order for _ in range(parts[index] * strips)]
+        time = twice * makespan(blocks, shortest / twice)
+        if time < shortest:
+            best = [(*groups[index], split, parts[index]) for index in order for split in range(parts[index])]
+            shortest, by_image = time, False
+    return Shares(tuple(best), strips, by_image)
 
 
 def choose(
@@ -376,13 +387,15 @@ def choose(
             spec = dataclasses.replace(spec, tiles=spec.tiles // 2, whole=False)
     if spec.shared_bytes > memory:
         return None
-    for program, band in programs(spec):
-        if kind == "weight":
-            if len(band.blocks) > 20:
-                return None
-        elif len(products(spec, program, band)) > 18:
-            return None
-    return spec
+    return spec if _in_registers(spec) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_registers(spec: Spec) -> bool:
+    """Whether there are registers for the matrices of a kernel."""
+    if spec.kind == "weight":
+        return all(len(band.blocks) <= 20 for _, band in programs(spec))
+    return all(len(products(spec, *both)) <= 18 for both in programs(spec))
 
 
 _HEAD = r"""
