@@ -248,12 +248,12 @@ def test_the_second_size_of_a_layer_begins_all_layers(monkeypatch: pytest.Monkey
     pytest.importorskip("cuda.core")
     from oriented1d.operator import cuda
 
-    now: list[int] = []
-    later: list[int] = []
+    now: list[mma.Spec | source.Spec] = []
+    later: list[mma.Spec | source.Spec] = []
     monkeypatch.setattr(cuda.compiler, "limits", lambda device: (132, 232448))
     monkeypatch.setattr(cuda.compiler, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda.compiler, "begin", lambda spec, device: now.append(len(spec.angles)))
-    monkeypatch.setattr(cuda.compiler, "begin_later", lambda spec, device: later.append(len(spec.angles)))
+    monkeypatch.setattr(cuda.compiler, "begin", lambda spec, device: now.append(spec))
+    monkeypatch.setattr(cuda.compiler, "begin_later", lambda spec, device: later.append(spec))
     monkeypatch.setattr(cuda, "_layers", {})
 
     def begin(directions: int, side: int, device: int = 0) -> None:
@@ -262,24 +262,42 @@ def test_the_second_size_of_a_layer_begins_all_layers(monkeypatch: pytest.Monkey
         layer = torch.float32, True, 16, torch.device("cuda", device), taps, 1
         cuda._begin(cuda._Problem("gather", shape, shape, *layer))
 
+    def angles(specs: list[mma.Spec | source.Spec]) -> list[int]:
+        return [len(spec.angles) for spec in specs]
+
     begin(2, 14)
-    begin(4, 14)
+    begin(4, 28)
     begin(8, 14, device=1)
     begin(2, 14)
-    assert (now, later) == ([2, 4, 8, 2], [])
-    begin(4, 200)
-    sizes = len(cuda._SIDES)
-    assert later == [2] * sizes + [4] * sizes  # not those of the other device
+    assert angles(now) == [2, 4, 8, 2]
+    assert later == []
+    now.clear()
+    begin(4, 400)
+    # Itself; then all of its device, the first at half the size, as before.
+    assert angles(now) == [4, 2, 4]
+    assert now[0] == now[2]
+    now_there = now.pop(1)
+    now.clear()
     begin(2, 200)
+    assert now == [now_there]
+    sizes = len(cuda._SIDES)
+    assert sorted(angles(later)) == [2] * sizes + [4] * sizes
+    # Those nearest to 200 and 400 first: of 112 pixels and of 64, of the first layer both.
+    assert angles(later[:2]) == [2, 2]
+    assert angles(later[-2:]) == [4, 4]
+    for directions in (2, 4):
+        lengths = [spec.length for spec in later if len(spec.angles) == directions]
+        assert lengths == sorted(lengths, reverse=True)  # small images, whose lines are short, last
+        assert lengths[-1] < lengths[0]
     begin(4, 300)
     assert len(later) == 2 * sizes
     begin(1, 14)  # not seen before: it has its own second size
     begin(1, 28)
-    assert later[2 * sizes :] == [1] * sizes
+    assert angles(later[2 * sizes :]) == [1] * sizes
     monkeypatch.setattr(cuda, "_MOST_OF_A_NETWORK", 3)
     begin(16, 14)
     begin(16, 28)  # alone: there are more layers than a network has
-    assert later[3 * sizes :] == [8, 8] * sizes  # two kernels of eight angles each
+    assert angles(later[3 * sizes :]) == [8, 8] * sizes  # two kernels of eight angles each
     monkeypatch.setattr(cuda, "_MOST_LAYERS", 4)
     begin(32, 14)
     assert len(cuda._layers) == 1  # layers that do not come again are forgotten

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -158,9 +159,9 @@ _SIDES = (7, 14, 16, 28, 32, 56, 64, 112)  # of outputs: one of every range that
 def _begin(problem: _Problem) -> list[tuple[Spec | mma.Spec, int]]:
     """Start to compile what a problem needs; and later, once a layer has had images of two sizes, what others need.
 
-    There are a few kernels for a layer, each for a range of sizes. Where sizes change, most of them will be needed; and
-    not by that layer alone. All those of a network, which were seen before, begin with it, beside each other: if each
-    began when its turn comes in a forward pass, one would wait for the other.
+    There are a few kernels for a layer, each for a range of sizes. Where sizes change, several of them will be needed;
+    and not by that layer alone. All those of a network, which were seen before, begin with it, beside each other: if
+    each began when its turn comes in a forward pass, one would wait for the other.
 
     Returns:
         the kernels of this problem, with the bytes of shared memory of a block.
@@ -176,21 +177,39 @@ def _begin(problem: _Problem) -> list[tuple[Spec | mma.Spec, int]]:
         layer.sizes.add((height, width))
     if len(layer.sizes) == 2 and not layer.expected:
         # More than networks have are layers that may not come again.
-        for other in list(_layers.values()) if len(_layers) <= _MOST_OF_A_NETWORK else [layer]:
-            if other.problem.device == problem.device and not other.expected:
-                other.expected = True
-                _begin_all_sizes(other.problem)
+        others = list(_layers.values()) if len(_layers) <= _MOST_OF_A_NETWORK else [layer]
+        others = [other for other in others if other.problem.device == problem.device and not other.expected]
+        _, _, first_height, first_width = layer.problem.in_shape
+        _begin_sizes(others, (height / first_height, width / first_width))
     return chosen
 
 
-def _begin_all_sizes(problem: _Problem) -> None:
+def _begin_sizes(layers: list[_Layer], growth: tuple[float, float]) -> None:
+    """Start to compile what layers need when their first images grow so much, and later what other sizes need: those
+    that differ least come first."""
+    later = []
+    for layer in layers:
+        layer.expected = True
+        problem = layer.problem
+        _, _, height, width = problem.outer
+        sides = max(1, round(height * growth[0])), max(1, round(width * growth[1]))
+        _begin_size(problem, *sides, compiler.begin)
+        for side in _SIDES:
+            later.append((abs(math.log(side * problem.stride / max(sides))), problem, side * problem.stride))
+    for _, problem, side in sorted(later, key=lambda size: size[0]):
+        _begin_size(problem, side, side, compiler.begin_later)
+
+
+def _begin_size(
+    problem: _Problem, height: int, width: int, begin: Callable[[Spec | mma.Spec, torch.device], object]
+) -> None:
     n, c, _, _ = problem.in_shape
-    for side in _SIDES:
-        shorter, longer = (torch.Size((n, c, s, s)) for s in (side, side * problem.stride))
-        shapes = (shorter, longer) if problem.kind == "adjoint" else (longer, shorter)
-        other = problem._replace(in_shape=shapes[0], out_shape=shapes[1])
-        for part in _parts(other):
-            compiler.begin_later(_choose(other, part)[0], problem.device)
+    outer = torch.Size((n, c, height, width))
+    inner = torch.Size(_output_shape(outer, problem.stride))
+    shapes = (inner, outer) if problem.kind == "adjoint" else (outer, inner)
+    other = problem._replace(in_shape=shapes[0], out_shape=shapes[1])
+    for part in _parts(other):
+        begin(_choose(other, part)[0], problem.device)
 
 
 def grad_input(
@@ -425,6 +444,11 @@ class _Problem(NamedTuple):
     stride: int
     square: bool = False
     wide: bool = False
+
+    @property
+    def outer(self) -> torch.Size:
+        """Of the images before the layer."""
+        return self.out_shape if self.kind == "adjoint" else self.in_shape
 
     @property
     def sector(self) -> int:
