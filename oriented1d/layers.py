@@ -176,8 +176,9 @@ class PatchConv2d(nn.Conv2d):
     """``nn.Conv2d(in_channels, out_channels, size, stride=size)``: a linear layer on patches of an image,
     ``(N, in_channels, H, W)`` to ``(N, out_channels, floor(H / size), floor(W / size))``.
 
-    In channels_last it is computed as one, unless it is compiled: cuDNN takes milliseconds of the host to choose what
-    it does with a size of images that it has not seen, which is every other one where sizes change.
+    In channels_last it is computed as one, unless it is compiled, or in float32 on a GPU: cuDNN takes milliseconds of
+    the host to choose what it does with a size of images that it has not seen, which is every other one where sizes
+    change.
 
     Args:
         in_channels, out_channels: numbers of channels.
@@ -194,18 +195,20 @@ class PatchConv2d(nn.Conv2d):
             plain_strides(self.weight)
         return self
 
-    def forward(self, input: Tensor) -> Tensor:
-        size, _ = self.kernel_size
+    def _as_product(self, input: Tensor) -> bool:
         # Somebody may have changed what they are in all convolutions of a network.
         as_made = self.stride == self.kernel_size and self.padding == (0, 0) and self.dilation == (1, 1)
-        if (
-            torch.compiler.is_compiling()
-            or not as_made
-            or input.dim() != 4
-            or min(input.shape[2:]) < size  # its message is good
-            or not input.is_contiguous(memory_format=torch.channels_last)
-        ):
+        if torch.compiler.is_compiling() or not as_made or input.dim() != 4:
+            return False
+        if min(input.shape[2:]) < self.kernel_size[0] or not input.is_contiguous(memory_format=torch.channels_last):
+            return False
+        # In float32 cuDNN takes TF32, which products of matrices take only if they are told to.
+        return not input.is_cuda or input.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._as_product(input):
             return super().forward(input)
+        size, _ = self.kernel_size
         x, weight = input.permute(0, 2, 3, 1), self.weight
         if size == 1:
             weight = weight.flatten(1)  # its gradient has the strides that `plain_strides` is for

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._subclasses import FakeTensorMode
 
 from oriented1d import OrientedConv1d, oriented_conv1d
 from oriented1d.layers import PatchConv2d
@@ -219,7 +220,8 @@ def test_patches_are_a_convolution(size: int, sides: tuple[int, int], bias: bool
 
 
 def test_patches_keep_to_what_convolutions_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No product of matrices in contiguous images, compiled graphs, changed layers, and images that are too small."""
+    """No product of matrices in contiguous images, compiled graphs, changed layers, images that are too small, and in
+    float32 on a GPU."""
     layer, x = PatchConv2d(8, 5, 2), torch.randn(2, 8, 6, 8)
     last = x.contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, 2)
@@ -236,6 +238,12 @@ def test_patches_keep_to_what_convolutions_do(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(last), expected)
     with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         layer(last[:, :, :1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = torch.empty(2, 8, 6, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+        assert not layer._as_product(there)
+        assert layer._as_product(there.bfloat16())
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
+        assert layer._as_product(there)
     layer.stride, layer.padding = (1, 1), (1, 1)
     torch.testing.assert_close(layer(last), torch.nn.functional.conv2d(x, layer.weight, layer.bias, 1, 1))
 

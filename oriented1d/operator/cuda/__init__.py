@@ -532,8 +532,9 @@ def _work(
         groups: for each program, the regions or strips of an image.
         costs: for each program, what a row costs for one image and one group.
         images: number of images.
-        slots: blocks that run at a time, between which all is shared out evenly; 0: one block for 16 images.
-        team: rows of a program that as many blocks work on side by side, because they lie in the same lines of memory.
+        slots: blocks that run at a time, between which all is shared out evenly; 0: one block for 16 images of a row.
+        team: rows of a program that as many blocks work on side by side, because they lie in the same lines of memory;
+            1 if there are no ``slots``.
 
     Returns:
         The first segment of each block ``(blocks + 1,)`` and the segments ``(S, 8)`` (program, first channel, number of
@@ -551,16 +552,14 @@ def _work(
     group, team_of = np.divmod(number, teams[program])
     member = team_of[:, None] * team + np.arange(team)
     member = np.where(member < sizes[program, None], (np.cumsum(sizes) - sizes)[program, None] + member, -1)
+    if not slots:
+        return _work_alone(table[member[:, 0]], group, np.array(groups).repeat(sizes), images)
     each_cost = np.array(costs)[program, None]
-    if slots:
-        middle = np.cumsum(each_cost * images)[:, None] + (np.arange(images) + 0.5 - images) * each_cost
-        # Two rounds even out what the costs do not say, but are worth it only if a block has much to do.
-        rounds = 2 if jobs * team * images >= 12 * slots else 1
-        blocks = max(1, min(slots * rounds // team, jobs * images))
-        owner = np.minimum((middle * (blocks / (each_cost.sum() * images))).astype(np.int64), blocks - 1)
-    else:
-        owner = np.arange(images) // 16 * jobs + np.arange(jobs)[:, None]
-        blocks = -(-images // 16) * jobs
+    middle = np.cumsum(each_cost * images)[:, None] + (np.arange(images) + 0.5 - images) * each_cost
+    # Two rounds even out what the costs do not say, but are worth it only if a block has much to do.
+    rounds = 2 if jobs * team * images >= 12 * slots else 1
+    blocks = max(1, min(slots * rounds // team, jobs * images))
+    owner = np.minimum((middle * (blocks / (each_cost.sum() * images))).astype(np.int64), blocks - 1)
     # Neighbouring images of a job with the same owner are a segment, once for each member.
     begins = np.ones(owner.shape, dtype=bool)
     begins[:, 1:] = owner[:, 1:] != owner[:, :-1]
@@ -580,6 +579,18 @@ def _work(
     block = owner[job, first][segment] * team + seat
     starts = np.concatenate([[0], np.cumsum(np.bincount(block, minlength=blocks * team))]).astype(np.int32)
     return starts, work[np.argsort(block, kind="stable")], counts
+
+
+def _work_alone(
+    rows: np.ndarray, group: np.ndarray, groups: np.ndarray, images: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`_work` where each job has blocks of its own, one for 16 images; all are equally long."""
+    first = np.arange(0, images, 16)[:, None]
+    work = np.zeros((len(first), len(rows), 8), dtype=np.int32)
+    work[..., :3], work[..., 3] = rows, group
+    work[..., 4], work[..., 5], work[..., 6] = first, np.minimum(first + 16, images), group * len(first) + first // 16
+    starts = np.arange(len(first) * len(rows) + 1, dtype=np.int32)
+    return starts, work.reshape(-1, 8), (groups * len(first)).astype(np.int32)
 
 
 def _parts(problem: _Problem) -> list[_Part]:

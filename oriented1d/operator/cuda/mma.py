@@ -26,6 +26,7 @@ import functools
 import heapq
 import itertools
 import math
+from collections.abc import Iterator
 
 from oriented1d.operator.cuda import source
 
@@ -283,7 +284,6 @@ def share(
     """
     strips = -(-max(outputs) // (16 * spec.tiles))
     apart = not spec.last or all(start % 16 == 0 and count % 16 == 0 for _, start, count in groups)
-
     bands = [band for _, band in programs(spec)]
 
     @functools.cache
@@ -318,23 +318,31 @@ def share(
             time = makespan([time for time in times for _ in range(strips)], shortest)
             if time < shortest:
                 shortest, best, by_image = time, rows, True
-    all_of = [cost(program, images) for program, _, _ in groups]
+    members: dict[int, list[int]] = {}  # groups of each program, which take as long as each other
+    for index, (program, _, _) in enumerate(groups):
+        members.setdefault(program, []).append(index)
+
+    def longest_first() -> Iterator[int]:
+        # Groups that get one block more, those whose blocks take longest first.
+        heap = [(-cost(program, images)[0], program, 1) for program in members]
+        heapq.heapify(heap)
+        while heap:
+            _, program, number = heapq.heappop(heap)
+            time, steps = cost(program, images)
+            if number < steps // 2:
+                yield from members[program]
+                heapq.heappush(heap, (-time / (number + 1), program, number + 1))
+
+    all_of = [cost(program, images)[0] for program, _, _ in groups]
     twice = 1 if apart else 2  # sectors that are read and written more than once
-    # One block more for the group whose blocks take longest, until there are enough.
-    parts, most = [1] * len(groups), [max(1, steps // 2) for _, steps in all_of]
-    count = len(groups)
-    heap = [(-time, index) for index, (time, _) in enumerate(all_of)]
-    heapq.heapify(heap)
+    parts, count, more = [1] * len(groups), len(groups), longest_first()
     for waves in (1, 2, 3, 4):
-        if twice * (sum(time for time, _ in all_of) * strips / processors + _START * (waves - 1)) >= shortest:
-            break  # no more blocks can help
-        while count * strips < processors * waves and heap:
-            _, index = heapq.heappop(heap)
-            if parts[index] < most[index]:
-                parts[index] += 1
-                count += 1
-                heapq.heappush(heap, (-all_of[index][0] / parts[index], index))
-        each = [time / part for (time, _), part in zip(all_of, parts, strict=True)]
+        if twice * (sum(all_of) * strips / processors + _START * (waves - 1)) >= shortest:
+            break  # more blocks cannot help
+        for index in itertools.islice(more, max(0, -(-processors * waves // strips) - count)):
+            parts[index] += 1
+            count += 1
+        each = [time / part for time, part in zip(all_of, parts, strict=True)]
         order = sorted(range(len(groups)), key=lambda index: -each[index])
         blocks = [each[index] for index in order for _ in range(parts[index] * strips)]
         time = twice * makespan(blocks, shortest / twice)
