@@ -18,7 +18,6 @@ from oriented1d.detection.results import NAMES, evaluate, to_coco, write_json
 from oriented1d.models.checkpoints import load_dense_checkpoint
 from oriented1d.training.callbacks import run_folder
 from oriented1d.training.errors import UserError, blamed_on
-from oriented1d.training.memory import expect_changing_sizes
 from oriented1d.training.optimizer import adamw_options, parameter_groups
 from oriented1d.training.schedule import warmup_steps_down_scheduler
 
@@ -73,7 +72,6 @@ class ObjectDetector(L.LightningModule):
         shown: float = 0.5,
     ) -> None:
         super().__init__()
-        expect_changing_sizes()
         self.num_classes = num_classes
         self.lr = lr
         self.weight_decay = weight_decay

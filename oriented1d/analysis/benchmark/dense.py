@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from oriented1d.analysis.benchmark.network import Measurement, autocast, isolated, speed, times
 from oriented1d.analysis.benchmark.results import quantiles
 from oriented1d.operator.layout import memory_format
-from oriented1d.training.memory import expect_changing_sizes
 
 if TYPE_CHECKING:
     from oriented1d.detection.cascade import CascadeMaskRCNN, RPNHead, Truth
@@ -76,8 +75,6 @@ class DenseMeasurement(Measurement):
 
 def measure(case: Case) -> DenseMeasurement:
     """Measure one line in this process."""
-    if case.task == "detection":
-        expect_changing_sizes()
     torch.manual_seed(0)
     device = torch.device(case.device)
     model = _model(case).to(device, memory_format=memory_format(case.layout == "channels_last")).train()  # type: ignore[call-overload]
