@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oriented1d import geometry
-from oriented1d.operator import depthwise, oriented_conv1d
+from oriented1d.operator import depthwise, library, oriented_conv1d
 
 
 class OrientedConv1d(nn.Module):
@@ -176,9 +176,8 @@ class PatchConv2d(nn.Conv2d):
     """``nn.Conv2d(in_channels, out_channels, size, stride=size)``: a linear layer on patches of an image,
     ``(N, in_channels, H, W)`` to ``(N, out_channels, floor(H / size), floor(W / size))``.
 
-    In channels_last it is computed as one, unless it is compiled, or in float32 on a GPU: cuDNN takes milliseconds of
-    the host to choose what it does with a size of images that it has not seen, which is every other one where sizes
-    change.
+    In channels_last and 16 bits on a GPU it is computed as one, unless it is compiled: cuDNN takes milliseconds of the
+    host to choose what it does with a size of images that it has not seen, which is every other one where sizes change.
 
     Args:
         in_channels, out_channels: numbers of channels.
@@ -196,14 +195,17 @@ class PatchConv2d(nn.Conv2d):
         return self
 
     def _as_product(self, input: Tensor) -> bool:
+        if torch.compiler.is_compiling() or not _cudnn_in_16_bits(input) or library._are_functorch_transforms_active():
+            return False
         # Somebody may have changed what they are in all convolutions of a network.
         as_made = self.stride == self.kernel_size and self.padding == (0, 0) and self.dilation == (1, 1)
-        if torch.compiler.is_compiling() or not as_made or input.dim() != 4:
+        # What a convolution refuses it refuses with a good message.
+        if not as_made or input.dim() != 4 or input.shape[1] != self.in_channels:
             return False
-        if min(input.shape[2:]) < self.kernel_size[0] or not input.is_contiguous(memory_format=torch.channels_last):
+        if min(input.shape[2:]) < self.kernel_size[0]:
             return False
-        # In float32 cuDNN takes TF32, which products of matrices take only if they are told to.
-        return not input.is_cuda or input.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+        # Where both formats describe the images, PyTorch's output would be contiguous.
+        return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._as_product(input):
@@ -219,6 +221,11 @@ class PatchConv2d(nn.Conv2d):
             x = x.transpose(2, 3).reshape(n, rows, columns, size * size * c)
             weight = weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(x, weight, self.bias).permute(0, 3, 1, 2)
+
+
+def _cudnn_in_16_bits(input: Tensor) -> bool:
+    # In float32 cuDNN takes TF32, which products of matrices take only if they are told to.
+    return input.is_cuda and library.computed_dtype(input) in (torch.bfloat16, torch.float16)
 
 
 def plain_strides(weight: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch._subclasses import FakeTensorMode
 
-from oriented1d import OrientedConv1d, oriented_conv1d
+from oriented1d import OrientedConv1d, layers, oriented_conv1d
 from oriented1d.layers import PatchConv2d
 from tests.operator import reference
 from tests.operator.reference import relative_error
@@ -197,31 +197,40 @@ def test_a_compiled_call_with_the_angles_of_other_channels() -> None:
         torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(1, 8, 9, 9))
 
 
+def as_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, in every dtype."""
+    monkeypatch.setattr(layers, "_cudnn_in_16_bits", lambda input: True)
+
+
 @pytest.mark.parametrize(("size", "sides"), [(1, (6, 7)), (2, (6, 9)), (2, (7, 8)), (4, (16, 13))])
 @pytest.mark.parametrize("bias", [True, False])
-def test_patches_are_a_convolution(size: int, sides: tuple[int, int], bias: bool) -> None:
+def test_patches_are_a_convolution(
+    size: int, sides: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_products(monkeypatch)
     layer = PatchConv2d(8, 5, size, bias).double()
     convolution = torch.nn.Conv2d(8, 5, size, size, bias=bias).double()
     convolution.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, *sides, dtype=torch.float64)
     for format in (torch.contiguous_format, torch.channels_last):
         results = []
-        for module in (convolution, layer.to(memory_format=format)):
-            torch.manual_seed(0)
-            x = torch.randn(2, 8, *sides, dtype=torch.float64).contiguous(memory_format=format).requires_grad_()
-            y = module(x)
-            y.square().sum().backward()
+        for module in (convolution, layer):
+            module.to(memory_format=format)
+            leaf = x.contiguous(memory_format=format).requires_grad_()
+            y = module(leaf)
             assert y.is_contiguous(memory_format=format)
-            assert x.grad.is_contiguous(memory_format=format)
-            results.append([y, x.grad, *(p.grad for p in module.parameters())])
-            module.zero_grad()
-        assert results[1][2].stride() == layer.weight.stride()  # as DDP wants it
+            results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *module.parameters()])])
+            assert results[-1][1].is_contiguous(memory_format=format)
+        if size == 1 or format == torch.channels_last:
+            assert results[1][2].stride() == layer.weight.stride()  # as DDP wants it
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_patches_keep_to_what_convolutions_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No product of matrices in contiguous images, compiled graphs, changed layers, images that are too small, and in
-    float32 on a GPU."""
+    """No product of matrices in contiguous images, compiled graphs, changed layers, under torch.func, and for what
+    convolutions refuse."""
+    as_products(monkeypatch)
     layer, x = PatchConv2d(8, 5, 2), torch.randn(2, 8, 6, 8)
     last = x.contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias, 2)
@@ -236,16 +245,30 @@ def test_patches_keep_to_what_convolutions_do(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer(last[0]), expected[0])
     torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(last), expected)
+    torch.testing.assert_close(torch.func.vmap(layer)(last[None])[0], expected)
     with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
         layer(last[:, :, :1])
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        there = torch.empty(2, 8, 6, 8, device="cuda").contiguous(memory_format=torch.channels_last)
-        assert not layer._as_product(there)
-        assert layer._as_product(there.bfloat16())
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
-        assert layer._as_product(there)
+    with pytest.raises(RuntimeError, match="to have 8 channels, but got 7"):
+        layer(last[:, :7].contiguous(memory_format=torch.channels_last))
+    assert PatchConv2d(1, 5, 2)(last[:, :1].contiguous()).is_contiguous()  # both formats describe the images
     layer.stride, layer.padding = (1, 1), (1, 1)
     torch.testing.assert_close(layer(last), torch.nn.functional.conv2d(x, layer.weight, layer.bias, 1, 1))
+
+
+def test_products_are_for_16_bits_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PatchConv2d(8, 5, 2)
+    last = torch.randn(2, 8, 6, 8).contiguous(memory_format=torch.channels_last)
+    assert not layer._as_product(last)
+    assert not layer._as_product(last.bfloat16())
+    with FakeTensorMode():
+        there = torch.empty(2, 8, 6, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+        assert not layer._as_product(there)
+        assert not layer._as_product(there.double())
+        assert layer._as_product(there.bfloat16())
+        assert not layer._as_product(there.bfloat16().contiguous())
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: torch.float16)
+        assert layer._as_product(there)
 
 
 def test_own_angles() -> None:

@@ -144,13 +144,13 @@ _LONGEST_SIDE = 192
 
 
 def at_few_sizes(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a 3x3 layer makes of maps ``(N, C, H, W)``, on a GPU with sides that are multiples of 16.
+    """What a 3x3 layer makes of maps ``(N, C, H, W)``, on a GPU, unless compiled, with sides that are multiples of 16.
 
     Zeros are where the layer has its padding anyway; what it makes of them is cut off. cuDNN chooses anew for each size
     (see :class:`oriented1d.layers.PatchConv2d`). In maps of more than 192 pixels the copies would cost more in the
     long run.
     """
-    step = SIDES.get(x.device.type, 1)
+    step = 1 if torch.compiler.is_compiling() else SIDES.get(x.device.type, 1)
     height, width = x.shape[2:]
     right, below = -width % step, -height % step
     if right == below == 0 or max(height, width) > _LONGEST_SIDE:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from oriented1d import layers
 from oriented1d.detection import cascade
 from oriented1d.detection.boxes import Matcher, clip, decode, encode, giou, grid_anchors, overlaps, sample
 from oriented1d.detection.cascade import (
@@ -66,12 +67,13 @@ def test_matcher(golden: dict) -> None:
 
 @pytest.fixture(params=["as on a CPU", "as on a GPU"])
 def features(request: pytest.FixtureRequest, golden: dict, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Feature maps of the goldens. On a GPU they are channels_last, boxes are filled up to a multiple of 32, and sides
-    of maps to one of 16."""
+    """Feature maps of the goldens. On a GPU they are channels_last, 1x1 layers are products of matrices, boxes are
+    filled up to a multiple of 32, and sides of maps to one of 16."""
     if request.param == "as on a CPU":
         return golden["feats"]
     monkeypatch.setattr(cascade, "ROWS", {"cpu": 32})
     monkeypatch.setattr(cascade, "SIDES", {"cpu": 16})
+    monkeypatch.setattr(layers, "_cudnn_in_16_bits", lambda input: True)
     return [x.contiguous(memory_format=torch.channels_last) for x in golden["feats"]]
 
 
@@ -256,6 +258,25 @@ def test_sizes_of_maps_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.clear()
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_pyramid_has_few_sizes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    neck, rpn = cascade.FPN([8, 8, 8, 8], 8), cascade.RPNHead(8)
+    seen: list[tuple[int, int]] = []
+    for module in (*(conv.conv for conv in neck.fpn_convs), rpn.rpn_conv):
+        module.register_forward_hook(lambda module, inputs, _: seen.append(tuple(inputs[0].shape[2:])))
+    features = [torch.randn(1, 8, 25 * 2**i, 36 * 2**i) for i in (3, 2, 1, 0)]
+    for step, small in ((1, [(100, 144), (50, 72), (25, 36)]), (16, [(112, 144), (64, 80), (32, 48)])):
+        monkeypatch.setattr(cascade, "SIDES", {"cpu": step})
+        rpn(neck(features))
+        assert seen == [(200, 288), *small, (200, 288), *small, (16, 32) if step == 16 else (13, 18)]
+        seen.clear()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    rpn(neck(features))
+    assert seen[1:4] == [(100, 144), (50, 72), (25, 36)]
+    pointwise = [module for module in (*neck.modules(), *rpn.modules()) if getattr(module, "kernel_size", 0) == (1, 1)]
+    assert len(pointwise) == 6
+    assert all(isinstance(module, layers.PatchConv2d) for module in pointwise)
 
 
 def test_boxes_by_hand() -> None:

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from oriented1d import OrientedConv1d
+from oriented1d import OrientedConv1d, layers
 from oriented1d.geometry import layer_angles
 from oriented1d.models import DENSE_KERNEL_SIZES, KERNEL_SIZES, SIZES, ConvNeXt, ConvNeXtFeatures
 from tests.operator.reference import relative_error
@@ -123,8 +123,12 @@ def test_weights_start_as_in_the_original() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("products", [False, True])  # of patches, as on a GPU
 @pytest.mark.parametrize("case", ["cls_2d", "cls_1d", "cls_1dpp", "any_2dpp"])
-def test_the_original_is_reproduced(goldens: Path, case: str, layout: torch.memory_format) -> None:
+def test_the_original_is_reproduced(
+    goldens: Path, case: str, layout: torch.memory_format, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_cudnn_in_16_bits", lambda input: products)
     golden = torch.load(goldens / "networks.pt", weights_only=True)[case]
     task, kernels = case.split("_")
     model = small(kernels, **({"kernel_sizes": DENSE_KERNEL_SIZES[kernels]} if task == "any" else {}))
@@ -274,12 +278,22 @@ def test_dropout_before_the_classifier() -> None:
 
 @pytest.mark.parametrize("kernels", KINDS)
 @pytest.mark.parametrize("size", [(33, 35), (50, 37), (97, 66)])
-def test_odd_sizes(kernels: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("products", [False, True])
+def test_odd_sizes(kernels: str, size: tuple[int, int], products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_cudnn_in_16_bits", lambda input: products)
     height, width = size
     # the oriented stem rounds up, every other layer rounds down
     height, width = (-(-height // 4), -(-width // 4)) if kernels.startswith("1d") else (height // 4, width // 4)
     features = small(kernels).forward_intermediates(torch.randn(1, 3, *size), intermediates_only=True)
     assert [tuple(f.shape[2:]) for f in features] == [(height // 2**i, width // 2**i) for i in range(4)]
+
+
+def test_layers_of_patches() -> None:
+    for kernels in KINDS:
+        model = small(kernels)
+        assert [type(down[1]) for down in model.downsample_layers[1:]] == [layers.PatchConv2d] * 3
+    assert type(small("2d").downsample_layers[0][0]) is layers.PatchConv2d
+    assert type(small("2d", stem_stride=2).downsample_layers[0][0]) is nn.Conv2d  # its kernels overlap
 
 
 def test_memory_formats_agree_and_activations_are_channels_last() -> None:

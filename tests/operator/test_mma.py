@@ -256,51 +256,79 @@ def test_the_second_size_of_a_layer_begins_all_layers(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda.compiler, "begin_later", lambda spec, device: later.append(spec))
     monkeypatch.setattr(cuda, "_layers", {})
 
-    def begin(directions: int, side: int, device: int = 0) -> None:
+    def begin(directions: int, sides: tuple[int, int], device: int = 0, kind: str = "gather") -> None:
         taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(64, directions)), 7)
-        shape = torch.Size((2, 64, side, side))
-        layer = torch.float32, True, 16, torch.device("cuda", device), taps, 1
-        cuda._begin(cuda._Problem("gather", shape, shape, *layer))
+        stride = 2 if kind == "adjoint" else 1
+        inputs, outputs = (torch.Size((2, 64, *(step * side for side in sides))) for step in (1, stride))
+        layer = torch.float32, True, 16, torch.device("cuda", device), taps, stride
+        cuda._begin(cuda._Problem(kind, inputs, outputs, *layer))
 
     def angles(specs: list[mma.Spec | source.Spec]) -> list[int]:
         return [len(spec.angles) for spec in specs]
 
-    begin(2, 14)
-    begin(4, 28)
-    begin(8, 14, device=1)
-    begin(2, 14)
-    assert angles(now) == [2, 4, 8, 2]
+    begin(2, (14, 14))
+    begin(4, (28, 20))
+    begin(3, (14, 14), kind="adjoint")
+    begin(8, (14, 14), device=1)
+    begin(2, (14, 14))
+    assert angles(now) == [2, 4, 3, 8, 2]
     assert later == []
     now.clear()
-    begin(4, 400)
-    # Itself; then all of its device, the first at half the size, as before.
-    assert angles(now) == [4, 2, 4]
-    assert now[0] == now[2]
-    now_there = now.pop(1)
+    begin(4, (400, 20))
+    assert angles(now) == [4]
+    # First what all of its device need if their images become as much higher, and not wider; two kernels have the rows
+    # of a large gradient.
+    guesses = later[:4]
+    assert angles(guesses) == [2, 4, 3, 3]
+    assert guesses[1] == now[0]
     now.clear()
-    begin(2, 200)
-    assert now == [now_there]
+    begin(2, (200, 14))
+    begin(3, (200, 14), kind="adjoint")
+    assert now == [guesses[0], *guesses[2:]]
+    del later[:4]
     sizes = len(cuda._SIDES)
-    assert sorted(angles(later)) == [2] * sizes + [4] * sizes
-    # Those nearest to 200 and 400 first: of 112 pixels and of 64, of the first layer both.
-    assert angles(later[:2]) == [2, 2]
-    assert angles(later[-2:]) == [4, 4]
+    assert sorted(angles(later)) == [2] * sizes + [3] * (sizes + 1) + [4] * sizes
+    # Then those nearest to 200, of two layers, and to 400: of 112 pixels and of 64, of the two layers both.
+    assert sorted(angles(later[:5])) == [2, 2, 3, 3, 3]
+    assert angles(later[-1:]) == [4]
     for directions in (2, 4):
         lengths = [spec.length for spec in later if len(spec.angles) == directions]
         assert lengths == sorted(lengths, reverse=True)  # small images, whose lines are short, last
         assert lengths[-1] < lengths[0]
-    begin(4, 300)
-    assert len(later) == 2 * sizes
-    begin(1, 14)  # not seen before: it has its own second size
-    begin(1, 28)
-    assert angles(later[2 * sizes :]) == [1] * sizes
-    monkeypatch.setattr(cuda, "_MOST_OF_A_NETWORK", 3)
-    begin(16, 14)
-    begin(16, 28)  # alone: there are more layers than a network has
-    assert angles(later[3 * sizes :]) == [8, 8] * sizes  # two kernels of eight angles each
-    monkeypatch.setattr(cuda, "_MOST_LAYERS", 4)
-    begin(32, 14)
+    later.clear()
+    begin(4, (300, 300))
+    assert later == []
+    begin(1, (14, 14))  # not seen before: it has its own second size
+    begin(1, (28, 28))
+    assert angles(later) == [1] * (1 + sizes)
+    later.clear()
+    monkeypatch.setattr(cuda, "_MOST_OF_A_NETWORK", 4)
+    begin(16, (14, 14))
+    begin(16, (28, 28))  # alone: there are more layers than a network has
+    assert angles(later) == [8, 8] * (1 + sizes)  # two kernels of eight angles each
+    monkeypatch.setattr(cuda, "_MOST_LAYERS", 5)
+    begin(32, (14, 14))
     assert len(cuda._layers) == 1  # layers that do not come again are forgotten
+
+
+def test_images_that_grow_much_begin_no_impossible_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many images of such a size are too many lines for a layer of two dimensions, which has no other kernels."""
+    pytest.importorskip("cuda.core")
+    from oriented1d.operator import cuda
+
+    begun: list[int] = []
+    monkeypatch.setattr(cuda.compiler, "limits", lambda device: (132, 232448))
+    monkeypatch.setattr(cuda.compiler, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda.compiler, "begin", lambda spec, device: None)
+    monkeypatch.setattr(cuda.compiler, "begin_later", lambda spec, device: begun.append(spec.square))
+    monkeypatch.setattr(cuda, "_layers", {})
+    layer = torch.bfloat16, True, 16, torch.device("cuda", 0)
+    many, few = torch.Size((65536, 8, 32, 32)), [torch.Size((1, 64, side, side)) for side in (1, 300)]
+    cuda._begin(cuda._Problem("gather", many, many, *layer, cuda._square_taps(8, 7), 1, True))
+    taps = geometry.layer_taps(geometry.directions(geometry.layer_angles(64)), 31)
+    for shape in few:
+        cuda._begin(cuda._Problem("gather", shape, shape, *layer, taps, 1))
+    assert sorted(begun) == [False] * (1 + len(cuda._SIDES)) + [True] * (1 + len(cuda._SIDES))
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -185,31 +185,27 @@ def _begin(problem: _Problem) -> list[tuple[Spec | mma.Spec, int]]:
 
 
 def _begin_sizes(layers: list[_Layer], growth: tuple[float, float]) -> None:
-    """Start to compile what layers need when their first images grow so much, and later what other sizes need: those
-    that differ least come first."""
-    later = []
+    """Compile, when there are threads for it, what layers need when their first images grow so much, and then what
+    other sizes need: those that differ least come first."""
+    sizes = []
     for layer in layers:
         layer.expected = True
         problem = layer.problem
         _, _, height, width = problem.outer
-        sides = max(1, round(height * growth[0])), max(1, round(width * growth[1]))
-        _begin_size(problem, *sides, compiler.begin)
+        height, width = max(1, round(height * growth[0])), max(1, round(width * growth[1]))
+        largest = _SIDES[-1] * problem.stride  # those that are larger need the same
+        sizes.append((-1.0, problem, min(height, largest), min(width, largest)))
         for side in _SIDES:
-            later.append((abs(math.log(side * problem.stride / max(sides))), problem, side * problem.stride))
-    for _, problem, side in sorted(later, key=lambda size: size[0]):
-        _begin_size(problem, side, side, compiler.begin_later)
-
-
-def _begin_size(
-    problem: _Problem, height: int, width: int, begin: Callable[[Spec | mma.Spec, torch.device], object]
-) -> None:
-    n, c, _, _ = problem.in_shape
-    outer = torch.Size((n, c, height, width))
-    inner = torch.Size(_output_shape(outer, problem.stride))
-    shapes = (inner, outer) if problem.kind == "adjoint" else (outer, inner)
-    other = problem._replace(in_shape=shapes[0], out_shape=shapes[1])
-    for part in _parts(other):
-        begin(_choose(other, part)[0], problem.device)
+            difference = abs(math.log(side * problem.stride / max(height, width)))
+            sizes.append((difference, problem, side * problem.stride, side * problem.stride))
+    for _, problem, height, width in sorted(sizes, key=lambda size: size[0]):
+        n, c, _, _ = problem.in_shape
+        outer = torch.Size((n, c, height, width))
+        inner = torch.Size(_output_shape(outer, problem.stride))
+        shapes = (inner, outer) if problem.kind == "adjoint" else (outer, inner)
+        other = problem._replace(in_shape=shapes[0], out_shape=shapes[1])
+        for part in _parts(other):
+            compiler.begin_later(_choose(other, part)[0], problem.device)
 
 
 def grad_input(
@@ -398,7 +394,7 @@ def _cuts(run: DirectionTaps, most: int, vector: int, sector: int) -> list[tuple
 @functools.lru_cache(maxsize=4096)
 def _rows(
     taps: LayerTaps, angles: tuple[float, ...], most: tuple[int, ...], vector: int, sector: int
-) -> list[list[tuple[int, int, int]]]:
+) -> tuple[list[tuple[int, int, int]], ...]:
     """For each program ``(program, first channel, number of channels)`` of its blocks, ``most[program]`` at most."""
     rows: list[list[tuple[int, int, int]]] = [[] for _ in most]
     phases = len(most) // len(angles)
@@ -407,7 +403,7 @@ def _rows(
             first = angles.index(run.angle) * phases
             for program in range(first, first + phases):
                 rows[program] += [(program, *cut) for cut in _cuts(run, most[program], vector, sector)]
-    return rows
+    return tuple(rows)
 
 
 class _Part(NamedTuple):
@@ -521,7 +517,12 @@ def _mma_launch(spec: mma.Spec, problem: _Problem) -> _Launch:
 
 
 def _work(
-    rows: list[list[tuple[int, int, int]]], groups: list[int], costs: list[float], images: int, slots: int, team: int
+    rows: Sequence[list[tuple[int, int, int]]],
+    groups: list[int],
+    costs: list[float],
+    images: int,
+    slots: int,
+    team: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What each block does.
 

@@ -298,7 +298,7 @@ def share(
         return steps * (base + slope * len(band.blocks)) * spec.groups * spec.tiles / (4 * spec.team), steps
 
     def makespan(blocks: list[float], limit: float) -> float:
-        # When the last one ends; or at least `limit`.
+        # When the last one ends; `limit` if that is not earlier.
         longest = max(blocks, default=-_START) + _START
         if len(blocks) <= processors:
             return longest
