@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from oriented1d import geometry
 from oriented1d.operator import depthwise, library, oriented_conv1d
+from oriented1d.operator.layout import only_channels_last
 
 
 class OrientedConv1d(nn.Module):
@@ -204,8 +205,7 @@ class PatchConv2d(nn.Conv2d):
             return False
         if min(input.shape[2:]) < self.kernel_size[0]:
             return False
-        # Where both formats describe the images, PyTorch's output would be contiguous.
-        return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        return only_channels_last(input)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self._as_product(input):
@@ -225,7 +225,7 @@ class PatchConv2d(nn.Conv2d):
 
 def _cudnn_in_16_bits(input: Tensor) -> bool:
     # In float32 cuDNN takes TF32, which products of matrices take only if they are told to.
-    return input.is_cuda and library.computed_dtype(input) in (torch.bfloat16, torch.float16)
+    return input.is_cuda and library.computed_dtype(input) in library.LOW_PRECISION
 
 
 def plain_strides(weight: Tensor) -> None:

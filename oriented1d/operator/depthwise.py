@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from oriented1d.operator import library
+from oriented1d.operator.layout import only_channels_last
 
 _library = torch.library.Library("oriented1d", "FRAGMENT")
 for _schema in (
@@ -45,8 +46,7 @@ def _fits(input: Tensor, weight: Tensor) -> bool:
         return False
     if input.dtype != weight.dtype and not library.is_autocast(input.device.type):
         return False
-    # Where both formats describe the images, PyTorch's output would be contiguous.
-    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return only_channels_last(input)
 
 
 @torch.compiler.assume_constant_result

@@ -17,6 +17,14 @@ def channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) or _channels_innermost(tensor)
 
 
+def only_channels_last(tensor: Tensor) -> bool:
+    """Whether ``torch.channels_last`` alone describes the 4-D ``tensor``, without gaps.
+
+    Where the contiguous format does too, PyTorch's convolutions give contiguous outputs.
+    """
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 def _channels_innermost(tensor: Tensor) -> bool:
     # A view whose strides fall in the order N, H, W, C, without zeros (expanded tensors count as contiguous).
     n, c, h, w = tensor.stride()

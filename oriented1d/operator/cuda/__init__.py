@@ -194,7 +194,7 @@ def _begin_sizes(layers: list[_Layer], growth: tuple[float, float]) -> None:
         _, _, height, width = problem.outer
         height, width = max(1, round(height * growth[0])), max(1, round(width * growth[1]))
         largest = _SIDES[-1] * problem.stride  # those that are larger need the same
-        sizes.append((-1.0, problem, min(height, largest), min(width, largest)))
+        sizes.append((-1.0, problem, min(height, largest), min(width, largest)))  # before all others
         for side in _SIDES:
             difference = abs(math.log(side * problem.stride / max(height, width)))
             sizes.append((difference, problem, side * problem.stride, side * problem.stride))
@@ -531,7 +531,7 @@ def _work(
     Args:
         rows: for each program, ``(program, first channel, number of channels)`` of what a block works on at a time.
         groups: for each program, the regions or strips of an image.
-        costs: for each program, what a row costs for one image and one group.
+        costs: for each program, what a row costs for one image and one group; all are alike if there are no ``slots``.
         images: number of images.
         slots: blocks that run at a time, between which all is shared out evenly; 0: one block for 16 images of a row.
         team: rows of a program that as many blocks work on side by side, because they lie in the same lines of memory;

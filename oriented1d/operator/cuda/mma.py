@@ -335,13 +335,12 @@ def share(
 
     all_of = [cost(program, images)[0] for program, _, _ in groups]
     twice = 1 if apart else 2  # sectors that are read and written more than once
-    parts, count, more = [1] * len(groups), len(groups), longest_first()
+    parts, more = [1] * len(groups), longest_first()
     for waves in (1, 2, 3, 4):
         if twice * (sum(all_of) * strips / processors + _START * (waves - 1)) >= shortest:
             break  # more blocks cannot help
-        for index in itertools.islice(more, max(0, -(-processors * waves // strips) - count)):
+        for index in itertools.islice(more, max(0, -(-processors * waves // strips) - sum(parts))):
             parts[index] += 1
-            count += 1
         each = [time / part for time, part in zip(all_of, parts, strict=True)]
         order = sorted(range(len(groups)), key=lambda index: -each[index])
         blocks = [each[index] for index in order for _ in range(parts[index] * strips)]
